@@ -11,6 +11,12 @@ SERVE_ARGS ?= --kv-policy gkv --kv-budget 256 --kv-interval 64 --max-model-len 4
 	--block-size 32 --num-gpu-blocks-override 320
 TEST_ARGS ?=
 
+# Nothing but pip talks to the network.
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+# GiB that vLLM's CPU worker sets aside for the KV cache; the default is a share of the machine.
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+
 .DEFAULT_GOAL := help
 .PHONY: help env demo serve test test-fast lint format types bench-cpu clean
 
@@ -61,4 +67,4 @@ bench-cpu: $(STAMP) $(MODEL)/config.json ## stock against policy, same model and
 	$(BIN)/python benchmarks/bench_cpu.py
 
 clean: ## remove what make created
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info packaging/*/build packaging/*/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
