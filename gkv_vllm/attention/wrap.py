@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""Makes a vLLM attention backend skip holes and show its queries; knows no particular backend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+from torch import Tensor
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+
+from gkv_vllm.attention.live_table import squeeze
+from gkv_vllm.engine.spec import GKVSpec
+
+
+class StepObserver(Protocol):
+    """Who wants to know that a forward is about to start."""
+
+    def begin_forward(self, metadata: CommonAttentionMetadata) -> None:
+        """Called once per step and KV cache group, with logical lengths and positions."""
+
+
+class QuerySink(Protocol):
+    """Who keeps the queries of one attention layer."""
+
+    def store(self, queries: Tensor) -> None:
+        """queries [tokens, query_heads, head_dim], rotated. Must not keep a reference to them."""
+
+
+def live_metadata(metadata: CommonAttentionMetadata, block_size: int) -> CommonAttentionMetadata:
+    """The same batch over live tables and live lengths; the very same object without holes."""
+    live = squeeze(metadata.block_table_tensor, metadata.seq_lens, block_size)
+    if live.seq_lens is metadata.seq_lens:
+        return metadata
+    return replace(
+        metadata,
+        block_table_tensor=live.block_table,
+        seq_lens=live.seq_lens,
+        seq_lens_cpu_upper_bound=live.seq_lens.cpu(),
+        max_seq_len=int(live.seq_lens.max()),
+        _num_computed_tokens_cache=None,
+    )
+
+
+class LiveTableBuilder(AttentionMetadataBuilder[Any]):
+    """Metadata builder mixin: for evictable layers, attention sees the live table."""
+
+    observer: StepObserver | None = None
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Any:
+        if isinstance(self.kv_cache_spec, GKVSpec):
+            if self.observer is not None:
+                self.observer.begin_forward(common_attn_metadata)
+            common_attn_metadata = live_metadata(
+                common_attn_metadata, self.kv_cache_spec.block_size
+            )
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[safe-super]
+
+
+class ObservedImpl(AttentionImpl[Any]):
+    """Attention mixin: hands the step's queries to the layer's sink, if it has one."""
+
+    query_sink: QuerySink | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if getattr(self, "alibi_slopes", None) is not None:
+            raise ValueError(
+                "ALiBi derives positions from the block table, which holes would shift: "
+                "serve this model without --kv-policy"
+            )
+
+    def forward(self, layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.query_sink is not None:
+            self.query_sink.store(query)
+        return super().forward(layer, query, *args, **kwargs)  # type: ignore[safe-super]
+
+
+def wrap_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
+    """A backend like `base`, with holes. It keeps the name, which vLLM compares."""
+    builder = type(
+        f"Live{base.get_builder_cls().__name__}", (LiveTableBuilder, base.get_builder_cls()), {}
+    )
+    impl = type(f"Observed{base.get_impl_cls().__name__}", (ObservedImpl, base.get_impl_cls()), {})
+    methods = {
+        "get_builder_cls": staticmethod(lambda: builder),
+        "get_impl_cls": staticmethod(lambda: impl),
+    }
+    return type(f"GKV{base.__name__}", (base,), methods)

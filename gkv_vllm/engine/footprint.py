@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""Pure functions that say how many KV blocks a request may hold; nothing here decides or frees."""
+
+from __future__ import annotations
+
+from gkv_vllm.config import RequestPolicy
+from gkv_vllm.config import blocks as blocks_for
+
+
+def protected_blocks(protect: str, prompt_tokens: int, block_size: int) -> int:
+    """Leading blocks of a request that are never evicted.
+
+    `prompt`: every block that holds a prompt token; `sinks`: the first block; `none`: nothing."""
+    if protect == "prompt":
+        return blocks_for(prompt_tokens, block_size)
+    return 1 if protect == "sinks" else 0
+
+
+def due_tokens(budget: int, interval: int, block_size: int) -> int:
+    """Unprotected tokens at which a request is due: the budget in whole blocks, plus the interval."""
+    return blocks_for(budget, block_size) * block_size + interval
+
+
+def bounded_blocks(protected: int, due: int, in_flight_tokens: int, block_size: int) -> int:
+    """The most blocks an evicting request holds.
+
+    One token short of being due, it takes one more step; with asynchronous scheduling a second
+    one starts before the scores of the first arrive. `in_flight_tokens` counts the tokens of both."""
+    return protected + blocks_for(due - 1 + in_flight_tokens, block_size)
+
+
+def peak_blocks(
+    policy: RequestPolicy,
+    *,
+    prompt_tokens: int,
+    max_tokens: int,
+    block_size: int,
+    interval: int,
+    in_flight_tokens: int,
+) -> int:
+    """The most blocks a request can ever hold, whether its blocks are evicted or not."""
+    whole = blocks_for(prompt_tokens + max_tokens, block_size)
+    if not policy.evict:
+        return whole
+    protected = protected_blocks(policy.protect, prompt_tokens, block_size)
+    due = due_tokens(policy.budget, interval, block_size)
+    return min(whole, bounded_blocks(protected, due, in_flight_tokens, block_size))
+
+
+def slot_count(max_requests: int, usable_blocks: int, min_budget: int, block_size: int) -> int:
+    """Slots for per-request worker state: as many as there can be requests with something to evict.
+
+    A request takes a slot when its unprotected part outgrows its budget, so it holds at
+    least `min_budget` tokens of the pool by then. (Requests that share an unprotected prefix
+    can be more than this; the planner then reports them as skipped for want of a slot.)"""
+    return max(1, min(max_requests, usable_blocks // max(1, min_budget // block_size)))

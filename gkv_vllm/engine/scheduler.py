@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""Wires planner and block manager into vLLM's schedulers; the rules themselves are in `planner`."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from gkv_vllm.config import ConfigError, KVPolicyConfig, RequestPolicy
+from gkv_vllm.engine.block_manager import GKVBlockManager, register_spec
+from gkv_vllm.engine.footprint import (
+    bounded_blocks,
+    due_tokens,
+    peak_blocks,
+    protected_blocks,
+    slot_count,
+)
+from gkv_vllm.engine.plan import PLAN_ATTRIBUTE, SCORES_ATTRIBUTE
+from gkv_vllm.engine.planner import EvictionPlanner
+from gkv_vllm.engine.spec import in_flight_tokens
+from gkv_vllm.policies import registry
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
+logger = init_logger(f"vllm.{__name__}")
+
+LOG_INTERVAL_SECONDS = 10.0
+
+register_spec()
+
+
+class EvictionMixin(Scheduler):
+    """One step: free what the scores condemned, schedule as vLLM does, tell the worker."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        additional = self.vllm_config.additional_config
+        self.kv_policy = KVPolicyConfig.from_mapping(additional["kv_policy"])
+        self.evicting_managers = self._find_managers()
+        block_size = self.evicting_managers[0].block_size
+        self.kv_policy.check_block_size(block_size)
+        self._in_flight_tokens = in_flight_tokens(self.vllm_config)
+        self._check_pool(block_size)
+        self.planner = EvictionPlanner(
+            self.kv_policy,
+            registry.create(self.kv_policy.policy, self.kv_policy.policy_config),
+            block_size=block_size,
+            num_slots=slot_count(
+                self.scheduler_config.max_num_seqs,
+                self.kv_cache_config.num_blocks - 1,
+                self.kv_policy.smallest_budget(block_size),
+                block_size,
+            ),
+        )
+        self._next_log = time.monotonic() + LOG_INTERVAL_SECONDS
+
+    def _find_managers(self) -> list[GKVBlockManager]:
+        managers = [
+            manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, GKVBlockManager)
+        ]
+        sizes = {manager.block_size for manager in managers}
+        if len(sizes) != 1:
+            raise ConfigError(
+                "the model has no full-attention layer whose KV cache could be evicted"
+                if not sizes
+                else f"the full-attention layers use blocks of different sizes {sorted(sizes)}, "
+                "and a KV policy needs one"
+            )
+        return managers
+
+    def _check_pool(self, block_size: int) -> None:
+        """Refuse a budget that the pool cannot even reach, and say what the bound means here."""
+        config, pool = self.kv_policy, self.kv_cache_config.num_blocks - 1
+        due = due_tokens(config.budget, config.interval, block_size)
+        protected = protected_blocks(config.protect, config.reserved_prompt, block_size)
+        decoding = bounded_blocks(
+            protected, due, self.vllm_config.max_concurrent_batches, block_size
+        )
+        if due > pool * block_size:
+            raise ConfigError(
+                f"kv_policy budget {config.budget} + interval {config.interval} = {due} tokens in whole "
+                f"blocks, but the KV cache holds {pool * block_size}: no request would ever be "
+                "evicted; lower --kv-budget or give the KV cache more memory"
+            )
+        logger.info(
+            "KV policy %s: a decoding request holds at most %d blocks of %d tokens "
+            "(prompt up to %d tokens, protect=%s); the pool of %d blocks decodes %.1f such requests",
+            config.policy,
+            decoding,
+            block_size,
+            config.reserved_prompt,
+            config.protect,
+            pool,
+            pool / decoding,
+        )
+
+    # ---- requests come and go
+
+    def add_request(self, request: Request) -> None:
+        is_new = request.request_id not in self.requests
+        super().add_request(request)
+        if is_new:
+            self._follow(request)
+
+    def _follow(self, request: Request) -> None:
+        params = request.sampling_params
+        policy = self.kv_policy.for_request(
+            params.extra_args if params else None, self.planner.block_size
+        )
+        self.planner.add(
+            request.request_id,
+            prompt_tokens=request.num_prompt_tokens,
+            policy=policy,
+            key=_request_key(request),
+        )
+        if policy.evict:
+            bound = self._peak_blocks(request, policy)
+            for manager in self.evicting_managers:
+                manager.bound(request.request_id, bound)
+
+    def _peak_blocks(self, request: Request, policy: RequestPolicy) -> int:
+        return peak_blocks(
+            policy,
+            prompt_tokens=request.num_prompt_tokens,
+            max_tokens=self.max_model_len,
+            block_size=self.planner.block_size,
+            interval=self.kv_policy.interval,
+            in_flight_tokens=self._in_flight_tokens,
+        )
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self.planner.restart(request.request_id)
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.planner.remove(request.request_id)
+        for manager in self.evicting_managers:
+            manager.unbound(request.request_id)
+        return super()._free_request(request, *args, **kwargs)
+
+    # ---- one step
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self._evict()
+        output = super().schedule(*args, **kwargs)
+        plan = self.planner.plan(self._progress(output.num_scheduled_tokens))
+        if plan:
+            setattr(output, PLAN_ATTRIBUTE, plan)
+        return output
+
+    def _evict(self) -> None:
+        for request_id, blocks in self.planner.evictions().items():
+            exact_tokens = self.requests[request_id].num_computed_tokens
+            for manager in self.evicting_managers:
+                manager.evict(request_id, blocks, exact_tokens)
+
+    def _progress(self, scheduled: Iterable[str]) -> Iterable[tuple[str, int]]:
+        """Requests of this step and the tokens each has computed once it is done.
+
+        vLLM has already advanced `num_computed_tokens` when schedule() returns."""
+        return ((id_, self.requests[id_].num_computed_tokens) for id_ in scheduled)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        scores = getattr(model_runner_output, SCORES_ATTRIBUTE, None)
+        if scores is not None:
+            self.planner.accept(scores)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            stats.num_kv_fetch_reqs_by_stage.update(self.planner.stats.drain())
+        self._log()
+        return stats
+
+    def _log(self) -> None:
+        now = time.monotonic()
+        if now < self._next_log:
+            return
+        self._next_log = now + LOG_INTERVAL_SECONDS
+        if line := self.planner.stats.log_line():
+            logger.info("%s", line)
+
+
+class GKVScheduler(EvictionMixin, Scheduler):
+    """Eviction in vLLM's synchronous scheduler."""
+
+
+class GKVAsyncScheduler(EvictionMixin, AsyncScheduler):
+    """Eviction in vLLM's asynchronous scheduler: scores arrive one step later."""
+
+
+def _request_key(request: Request) -> int:
+    """What a random draw depends on: the prompt and the seed, so that a request repeats.
+
+    A sampled request without a seed does not repeat anyway; its id keeps siblings apart."""
+    params = request.sampling_params
+    seed = params.seed if params else None
+    if params and seed is None and params.temperature > 0:
+        return zlib.crc32(request.request_id.encode())
+    prompt = ",".join(map(str, request.prompt_token_ids or ()))
+    return zlib.crc32(f"{seed}:{prompt}".encode())

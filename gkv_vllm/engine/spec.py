@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""The KV cache spec of layers whose blocks may be evicted; what makes vLLM pick our block manager."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Self
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from gkv_vllm.config import KVPolicyConfig
+from gkv_vllm.engine.footprint import bounded_blocks, due_tokens, protected_blocks
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def in_flight_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens of one request that can be scheduled before an eviction it is due for happens.
+
+    A request may get a whole prefill chunk in each step that is in flight."""
+    scheduler = vllm_config.scheduler_config
+    chunk = scheduler.max_num_batched_tokens
+    return vllm_config.max_concurrent_batches * chunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class GKVSpec(FullAttentionSpec):
+    """Full attention over a table with holes: same pages, bounded number of them per request."""
+
+    protected: int | None = None
+    """Blocks a request may hold with a prompt of `reserve_prompt` tokens; see `from_full_attention`."""
+    due: int = 0
+    """Unprotected tokens at which a request with the server's budget is due."""
+
+    @classmethod
+    def from_full_attention(cls, spec: FullAttentionSpec, config: KVPolicyConfig) -> Self:
+        """The same pages as `spec`, bounded by the server's settings."""
+        inherited = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
+        return cls(
+            **inherited,
+            protected=protected_blocks(config.protect, config.reserved_prompt, spec.block_size),
+            due=due_tokens(config.budget, config.interval, spec.block_size),
+        )
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of the most blocks a request holds; this is what makes "Maximum concurrency" true."""
+        whole = super().max_memory_usage_bytes(vllm_config)
+        if self.protected is None:
+            return whole
+        bound = bounded_blocks(
+            self.protected, self.due, in_flight_tokens(vllm_config), self.block_size
+        )
+        return min(whole, bound * self.page_size_bytes)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """One spec for all layers of a group (vLLM's merge, which knows only its own fields)."""
+        assert all(isinstance(spec, GKVSpec) for spec in specs), "evictable and other layers mixed"
+        first = specs[0]
+        return replace(super().merge(specs), protected=first.protected, due=first.due)
