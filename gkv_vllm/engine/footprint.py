@@ -18,15 +18,15 @@ def protected_blocks(protect: str, prompt_tokens: int, block_size: int) -> int:
 
 
 def due_tokens(budget: int, interval: int, block_size: int) -> int:
-    """Unprotected tokens at which a request is due: the budget in whole blocks, plus the interval."""
+    """Unprotected tokens at which a request is due: budget in whole blocks, plus interval."""
     return blocks_for(budget, block_size) * block_size + interval
 
 
 def bounded_blocks(protected: int, due: int, in_flight_tokens: int, block_size: int) -> int:
     """The most blocks an evicting request holds.
 
-    One token short of being due, it takes one more step; with asynchronous scheduling a second
-    one starts before the scores of the first arrive. `in_flight_tokens` counts the tokens of both."""
+    One token short of being due, it takes one more step; with asynchronous scheduling a second one
+    starts before the scores of the first arrive. `in_flight_tokens` counts both."""
     return protected + blocks_for(due - 1 + in_flight_tokens, block_size)
 
 

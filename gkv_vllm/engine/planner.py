@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""Decides who is recorded, who is observed and which blocks go; plain numbers only, no torch, no vLLM."""
+"""Decides who is recorded, who is observed and which blocks go; plain numbers, no torch or vLLM."""
 
 from __future__ import annotations
 
