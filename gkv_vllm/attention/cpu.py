@@ -23,6 +23,8 @@ READABLE_LAYOUTS = ("vec", "vec16")
 class ReadableKeysBuilder(CPUAttentionMetadataBuilder):
     """Keeps the keys of evictable layers in a layout that can be scored."""
 
+    isa: str
+
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], *args: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, *args)
         if isinstance(kv_cache_spec, GKVSpec) and self.isa not in READABLE_LAYOUTS:

@@ -85,18 +85,17 @@ class EvictionMixin(Scheduler):
         config, pool = self.kv_policy, self.kv_cache_config.num_blocks - 1
         due = due_tokens(config.budget, config.interval, block_size)
         protected = protected_blocks(config.protect, config.reserved_prompt, block_size)
-        decoding = bounded_blocks(
-            protected, due, self.vllm_config.max_concurrent_batches, block_size
-        )
+        steps_in_flight = self.vllm_config.max_concurrent_batches
+        decoding = bounded_blocks(protected, due, steps_in_flight, block_size)
         if due > pool * block_size:
             raise ConfigError(
-                f"kv_policy budget {config.budget} + interval {config.interval} = {due} tokens in whole "
-                f"blocks, but the KV cache holds {pool * block_size}: no request would ever be "
-                "evicted; lower --kv-budget or give the KV cache more memory"
+                f"kv_policy budget {config.budget} + interval {config.interval} = {due} tokens in "
+                f"whole blocks, but the KV cache holds {pool * block_size}: no request would ever "
+                "be evicted; lower --kv-budget or give the KV cache more memory"
             )
         logger.info(
-            "KV policy %s: a decoding request holds at most %d blocks of %d tokens "
-            "(prompt up to %d tokens, protect=%s); the pool of %d blocks decodes %.1f such requests",
+            "KV policy %s: a decoding request holds at most %d blocks of %d tokens (prompt up to %d "
+            "tokens, protect=%s); the pool of %d blocks decodes %.1f such requests",
             config.policy,
             decoding,
             block_size,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""The KV cache spec of layers whose blocks may be evicted; what makes vLLM pick our block manager."""
+"""The KV cache spec of evictable layers: what makes vLLM pick our block manager."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GKVSpec(FullAttentionSpec):
     """Full attention over a table with holes: same pages, bounded number of them per request."""
 
     protected: int | None = None
-    """Blocks a request may hold with a prompt of `reserve_prompt` tokens; see `from_full_attention`."""
+    """Protected blocks of a request with a prompt of `reserve_prompt` tokens; None: no bound."""
     due: int = 0
     """Unprotected tokens at which a request with the server's budget is due."""
 
@@ -45,7 +45,7 @@ class GKVSpec(FullAttentionSpec):
         )
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes of the most blocks a request holds; this is what makes "Maximum concurrency" true."""
+        """Bytes of the most blocks a request holds: makes "Maximum concurrency" true."""
         whole = super().max_memory_usage_bytes(vllm_config)
         if self.protected is None:
             return whole

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""The readable torch form of every score operation; the oracle that faster forms are tested against.
+"""The readable torch form of every score operation: the oracle of every faster form.
 
 Shapes carry any number of leading dimensions (layers) before [heads, ...]."""
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def local_scores(queries: Tensor, keys: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
-    """How much the observation window attends to each older token (G-KV, arXiv 2512.00504, section 3).
+    """How much the window attends to each older token (G-KV, arXiv 2512.00504, section 3).
 
     queries [..., query_heads, window, head_dim], keys [..., kv_heads, tokens, head_dim], both in
     logical order, the window being the last `window` tokens. Softmax in float32 over all tokens,
@@ -39,7 +39,7 @@ def normalise(scores: Tensor) -> Tensor:
 
 
 def block_max(scores: Tensor, block_size: int, num_blocks: int) -> Tensor:
-    """The best token of each block: [..., tokens] to [..., num_blocks]; blocks without a score get 0."""
+    """The best token of each block, [..., tokens] to [..., num_blocks]; 0 where none is."""
     missing = num_blocks * block_size - scores.shape[-1]
     padded = torch.nn.functional.pad(scores, (0, missing))
     return padded.unflatten(-1, (num_blocks, block_size)).amax(-1)
@@ -56,7 +56,7 @@ def combine(scores: Tensor, by: str) -> Tensor:
     if by == "max":
         return flat.amax(0)
     if by == "rank":
-        flat = flat.argsort(-1, stable=True).argsort(-1).float() / max(1, flat.shape[-1] - 1)
+        flat = flat.argsort(dim=-1, stable=True).argsort(-1).float() / max(1, flat.shape[-1] - 1)
     elif by != "mean":
         raise ValueError(f"combine: unknown reduction '{by}'; valid: mean, max, rank")
     return flat.mean(0)

@@ -68,7 +68,8 @@ def create(name: str, parameters: Mapping[str, Any]) -> Policy:
         accepted = (int, float) if wanted is float else wanted
         if isinstance(value, bool) is not (wanted is bool) or not isinstance(value, accepted):
             raise ConfigError(
-                f"parameter '{key}' of kv policy '{name}' must be a {wanted.__name__}, got {value!r}"
+                f"parameter '{key}' of kv policy '{name}' must be a {wanted.__name__}, "
+                f"got {value!r}"
             )
     try:
         return cls(**parameters)

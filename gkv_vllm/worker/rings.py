@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""Keeps the last queries of the requests that are about to be scored, in rings of `window` places."""
+"""Rings that keep the last `window` queries of the requests that are about to be scored."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class QueryRing:
         self.queries.index_copy_(0, self.index.target, chosen.view_as(chosen))
 
     def window_of(self, slot: int, num_tokens: int) -> Tensor:
-        """The window that ends before position `num_tokens`: [heads, window, head_dim], oldest first."""
+        """The window before position `num_tokens`: [heads, window, head_dim], oldest first."""
         window = self.index.window
         places = (torch.arange(num_tokens - window, num_tokens) % window) + slot * window
         return self.queries.index_select(0, places.to(self.queries.device)).transpose(0, 1)

@@ -10,7 +10,7 @@ from gkv_vllm.attention.live_table import NULL_BLOCK
 
 
 class RunnerAdapter(Protocol):
-    """What eviction needs from a model runner. Safe to call between steps, before inputs are built."""
+    """What eviction needs from a model runner; called between steps, before inputs are built."""
 
     def drop_blocks(self, request_id: str, blocks: list[int]) -> None:
         """Null these logical blocks in the request's table, wherever the runner keeps it."""

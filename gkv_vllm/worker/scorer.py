@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,7 @@ class BlockScorer:
     ) -> BlockScores:
         """Score every observed request. `block_ids`: a request's table, 0 where it has a hole."""
         started = time.perf_counter()
-        scores = {
+        scores: dict[str, tuple[int, Sequence[float]]] = {
             request_id: (seen.epoch, self._score_one(seen, block_ids(request_id)))
             for request_id, seen in observed.items()
         }

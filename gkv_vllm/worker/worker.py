@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""vLLM's workers with eviction: specs, memory for rings and history, and the calls around a step."""
+"""vLLM's workers with eviction: specs, memory for rings and history, calls around a step."""
 
 from __future__ import annotations
 
@@ -112,16 +112,16 @@ class EvictionWorkerMixin(Worker):
             return Evictor(runner, None, None)
         block_size = kv_cache_config.kv_cache_groups[group_ids[0]].kv_cache_spec.block_size
         slots = self._slots(kv_cache_config.num_blocks, block_size)
-        index = RingIndex(self.kv_policy.window, self.device)
+        ring_index = RingIndex(self.kv_policy.window, self.device)
         scorer = BlockScorer(
             self.policy,
-            [self._scored_layer(name, index, slots) for name in names],
+            [self._scored_layer(name, ring_index, slots) for name in names],
             cpu_attention.gather_keys,
             slots=slots,
             max_blocks=blocks_for(self.model_config.max_model_len, block_size),
             block_size=block_size,
         )
-        evictor = Evictor(runner, scorer, index)
+        evictor = Evictor(runner, scorer, ring_index)
         for group_id in group_ids:
             for attention_group in self.model_runner.attn_groups[group_id]:
                 for builder in attention_group.metadata_builders:
