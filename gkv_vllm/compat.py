@@ -47,6 +47,7 @@ FROM_CLI_ARGS = f"{_ENGINE_ARGS}.from_cli_args"
 CREATE_ENGINE_CONFIG = f"{_ENGINE_ARGS}.create_engine_config"
 PROCESS_INPUTS = "vllm.v1.engine.input_processor:InputProcessor.process_inputs"
 GENERATE = "vllm.v1.engine.async_llm:AsyncLLM.generate"
+MANAGER_INIT = "vllm.v1.metrics.loggers:StatLoggerManager.__init__"
 RECORD = "vllm.v1.metrics.loggers:StatLoggerManager.record"
 
 
@@ -55,9 +56,7 @@ def _patched(target: str, why: str, remove_when: str, *signature: str) -> Touch:
 
 
 _FRONT_END = [
-    _patched(
-        ADD_CLI_ARGS, "no public hook adds a CLI flag", "vLLM takes plugin flags", "parser"
-    ),
+    _patched(ADD_CLI_ARGS, "no public hook adds a CLI flag", "vLLM takes plugin flags", "parser"),
     _patched(
         FROM_CLI_ARGS, "flags must reach additional_config", "vLLM takes plugin flags", "args"
     ),
@@ -80,6 +79,12 @@ _FRONT_END = [
         "a streamed request must be refused before its first byte (process_inputs is too late)",
         "vLLM runs process_inputs before it starts a streaming response",
         *("self", "prompt", "sampling_params", "request_id"),
+    ),
+    _patched(
+        MANAGER_INIT,
+        "our metrics are registered beside vLLM's, with the same labels",
+        "SchedulerStats carries plugin metrics",
+        *("self", "vllm_config", "engine_idxs"),
     ),
     _patched(
         RECORD,

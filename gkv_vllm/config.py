@@ -22,7 +22,7 @@ VLLM_REQUEST_KEYS = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one sentence that says what to write instead."""
+    """A setting that cannot be used; its message is one sentence that says what to write."""
 
 
 def unknown_key(what: str, key: object, valid: Iterable[str]) -> str:
@@ -77,7 +77,10 @@ class KVPolicyConfig:
         least=1,
     )
     interval: int = _setting(
-        128, "tokens a request may grow over its budget before it is evicted again", kind=int, least=1
+        128,
+        "tokens a request may grow over its budget before it is evicted again",
+        kind=int,
+        least=1,
     )
     window: int = _setting(
         16,

@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""The entry point: flags, activation and the check of each request; what evicts lives elsewhere.
+
+`register()` only wraps three methods of `EngineArgs`. Nothing else happens until a finished
+`VllmConfig` asks for a policy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from gkv_vllm import compat
+
+if TYPE_CHECKING:
+    from gkv_vllm.config import KVPolicyConfig
+
+CONFIG_KEY = "kv_policy"
+FLAG_GROUP = "KV cache eviction (gkv_vllm)"
+SCHEDULER = "gkv_vllm.engine.scheduler.GKVScheduler"
+ASYNC_SCHEDULER = "gkv_vllm.engine.scheduler.GKVAsyncScheduler"
+WORKER = "gkv_vllm.worker.worker.GKVCPUWorker"
+# Set on an EngineArgs that came from a command line: its errors end the process with a sentence.
+_FROM_CLI = "_gkv_from_cli"
+
+
+def register() -> None:
+    """vLLM calls this in every process; calling it again does nothing."""
+    arg_utils = compat.ADD_CLI_ARGS.partition(":")[0]
+    if arg_utils not in sys.modules and multiprocessing.parent_process() is not None:
+        # An engine core or a worker: its VllmConfig is finished, so spare it the import.
+        return
+    compat.wrap(compat.ADD_CLI_ARGS, _with_flags)
+    compat.wrap(compat.FROM_CLI_ARGS, _with_merged_flags)
+    compat.wrap(compat.CREATE_ENGINE_CONFIG, _with_activation)
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+def flag_name(setting: str) -> str:
+    """The flag of a setting: `policy_config` becomes `--kv-policy-config`."""
+    return "--kv-" + setting.replace("_", "-")
+
+
+def _destination(setting: str) -> str:
+    return "kv_" + setting
+
+
+def add_flags(parser: Any) -> None:
+    """Add our group. Every default is None, so that a flag that was given can be told apart."""
+    from gkv_vllm.config import KVPolicyConfig
+
+    group = parser.add_argument_group(FLAG_GROUP, "Evicts KV blocks of running requests.")
+    for setting in dataclasses.fields(KVPolicyConfig):
+        default = getattr(KVPolicyConfig(), setting.name)
+        note = "" if default is None or default == {} else f" (default: {default})"
+        group.add_argument(
+            flag_name(setting.name),
+            dest=_destination(setting.name),
+            default=None,
+            type=json_object if setting.metadata["kind"] is Mapping else setting.metadata["kind"],
+            choices=setting.metadata["choices"],
+            help=setting.metadata["help"].replace("%", "%%") + note,
+        )
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """argparse type of --kv-policy-config."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _with_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        parser = add_cli_args(parser, *args, **kwargs)
+        add_flags(parser)
+        return parser
+
+    return wrapper
+
+
+def explicit_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings whose flags were given, on the command line or in --config."""
+    from gkv_vllm.config import KVPolicyConfig
+
+    values = {
+        setting.name: getattr(args, _destination(setting.name), None)
+        for setting in dataclasses.fields(KVPolicyConfig)
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def merge(additional_config: Any, flags: Mapping[str, Any]) -> Any:
+    """A copy of additional_config in which each flag wins over the same key of `kv_policy`.
+
+    Merging late, once all arguments are read, makes their order irrelevant."""
+    from gkv_vllm.config import ConfigError
+
+    if not flags:
+        return additional_config
+    if not isinstance(additional_config, Mapping | None):
+        raise ConfigError("--kv-* flags need an --additional-config that is a JSON object")
+    merged = dict(additional_config or {})
+    present = merged.get(CONFIG_KEY) or {}
+    if isinstance(present, str):
+        present = {"policy": present}
+    if not isinstance(present, Mapping):
+        raise ConfigError(
+            f"{CONFIG_KEY} in --additional-config must be a mapping or a policy's name, "
+            f"got {present!r}"
+        )
+    merged[CONFIG_KEY] = {**present, **flags}
+    return merged
+
+
+def _with_merged_flags(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(cls: Any, args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+        engine_args = from_cli_args(cls, args, *rest, **kwargs)
+        flags = explicit_settings(args)
+        if flags or asked_for(engine_args.additional_config):
+            with _plain_errors(on_command_line=True):
+                engine_args.additional_config = merge(engine_args.additional_config, flags)
+                read_config(engine_args.additional_config)
+            setattr(engine_args, _FROM_CLI, True)
+        return engine_args
+
+    return wrapper
+
+
+@contextmanager
+def _plain_errors(on_command_line: bool) -> Iterator[None]:
+    """On a command line our errors end the process with one sentence each, as argparse does."""
+    from gkv_vllm.config import ConfigError
+    from gkv_vllm.refusals import PolicyRefused
+
+    try:
+        yield
+    except (ConfigError, PolicyRefused) as error:
+        if not on_command_line:
+            raise
+        lines = [f"gkv_vllm: error: {line}" for line in str(error).splitlines()]
+        raise SystemExit("\n".join(lines)) from None
+
+
+# --- activation ----------------------------------------------------------------------------------
+
+
+def asked_for(additional_config: Any) -> bool:
+    """Whether `kv_policy` stands in additional_config at all, whatever it says."""
+    return isinstance(additional_config, Mapping) and CONFIG_KEY in additional_config
+
+
+def read_config(additional_config: Any) -> KVPolicyConfig:
+    """The validated settings in an additional_config; no policy when it has none."""
+    from gkv_vllm.config import ConfigError, KVPolicyConfig
+
+    if not asked_for(additional_config):
+        return KVPolicyConfig()
+    raw = additional_config[CONFIG_KEY]
+    config = KVPolicyConfig.from_mapping(raw)
+    if isinstance(raw, Mapping) and raw and "policy" not in raw:
+        given = ", ".join(map(str, sorted(raw)))
+        raise ConfigError(
+            f"kv_policy has settings ({given}) but no policy; add policy (--kv-policy), "
+            "or write none to switch eviction off"
+        )
+    return config
+
+
+def _with_activation(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not asked_for(self.additional_config):
+            return create_engine_config(self, *args, **kwargs)
+        with _plain_errors(getattr(self, _FROM_CLI, False)):
+            # Read twice: a bad setting is told before the model's config is looked for.
+            read_config(self.additional_config)
+            vllm_config = create_engine_config(self, *args, **kwargs)
+            activate(vllm_config)
+            return vllm_config
+
+    return wrapper
+
+
+def problems_of(vllm_config: Any, config: KVPolicyConfig) -> list[str]:
+    """Everything that keeps this engine from running with this policy, one sentence each."""
+    from gkv_vllm import refusals
+    from gkv_vllm.config import ConfigError
+    from gkv_vllm.policies import registry
+
+    if not config.active:
+        return []
+    found = refusals.collect(vllm_config, config)
+    block_size = vllm_config.cache_config.block_size
+    for check in (
+        lambda: registry.create(config.policy, config.policy_config),
+        lambda: config.check_block_size(block_size),
+        lambda: _check_pool(vllm_config, config),
+    ):
+        try:
+            check()
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def _check_pool(vllm_config: Any, config: KVPolicyConfig) -> None:
+    """Raise when the pool's size is given and cannot hold one request over its budget."""
+    from gkv_vllm.config import ConfigError, blocks
+
+    pool = vllm_config.cache_config.num_gpu_blocks_override
+    block_size = vllm_config.cache_config.block_size
+    needed = blocks(config.budget, block_size) + blocks(config.interval, block_size)
+    # Block 0 is vLLM's null block.
+    if pool is not None and needed > pool - 1:
+        raise ConfigError(
+            f"kv_policy budget={config.budget} and interval={config.interval} take {needed} blocks "
+            f"of {block_size} tokens, but the pool has {pool - 1}; lower them or raise "
+            "--num-gpu-blocks-override"
+        )
+
+
+def activate(vllm_config: Any) -> None:
+    """Make this engine evict: our scheduler and worker, the check of requests, the metrics.
+
+    Does nothing without a policy. Raises ConfigError or PolicyRefused with every problem found."""
+    from gkv_vllm.refusals import PolicyRefused
+
+    config = read_config(vllm_config.additional_config)
+    if not config.active:
+        return
+    if problems := problems_of(vllm_config, config):
+        raise PolicyRefused("\n".join(problems))
+
+    scheduler_config = vllm_config.scheduler_config
+    scheduler_config.scheduler_cls = (
+        ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
+    )
+    vllm_config.parallel_config.worker_cls = WORKER
+    # A new dict: vLLM shares this one with the caller's EngineArgs.
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        CONFIG_KEY: config.to_mapping(),
+    }
+    compat.wrap(compat.PROCESS_INPUTS, _with_request_check)
+    compat.wrap(compat.GENERATE, _with_early_check)
+
+    from gkv_vllm import metrics
+
+    metrics.install(vllm_config)
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+def _with_request_check(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        check_request(self.vllm_config, params, prompt_tokens=0)
+        request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        check_request(
+            self.vllm_config, request.sampling_params, prompt_tokens=_request_tokens(request)
+        )
+        return request
+
+    return wrapper
+
+
+def _with_early_check(generate: Callable[..., Any]) -> Callable[..., Any]:
+    # generate() is an async generator: its body runs at the first item, when a streaming response
+    # has begun. This plain function checks on the call.
+    def wrapper(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        check_request(self.vllm_config, sampling_params, prompt_tokens=_prompt_tokens(prompt))
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    return wrapper
+
+
+def _request_tokens(request: Any) -> int:
+    ids = request.prompt_token_ids
+    return len(ids) if ids is not None else len(request.prompt_embeds)
+
+
+def _prompt_tokens(prompt: Any) -> int:
+    """Tokens of a prompt as far as it has been tokenized; process_inputs checks the rest."""
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+    return len(ids) if ids else 0
+
+
+def check_request(vllm_config: Any, params: Any, *, prompt_tokens: int) -> None:
+    """Raise VLLMValidationError (HTTP 400) for bad kv_* arguments or a request that cannot fit."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    from gkv_vllm.config import ConfigError
+
+    config = read_config(vllm_config.additional_config)
+    if not config.active or not isinstance(params, SamplingParams):
+        return
+    try:
+        _check_fits(vllm_config, config, params, prompt_tokens)
+    except ConfigError as error:
+        raise VLLMValidationError(str(error)) from error
+
+
+def _check_fits(vllm_config: Any, config: KVPolicyConfig, params: Any, prompt_tokens: int) -> None:
+    from gkv_vllm.config import ConfigError
+    from gkv_vllm.engine.footprint import peak_blocks
+    from gkv_vllm.engine.spec import in_flight_tokens
+
+    cache = vllm_config.cache_config
+    policy = config.for_request(params.extra_args, cache.block_size)
+    pool = pool_blocks(vllm_config)
+    if pool is None or params.max_tokens is None:
+        return
+    max_tokens = min(params.max_tokens, vllm_config.model_config.max_model_len - prompt_tokens)
+    peak = peak_blocks(
+        policy,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        block_size=cache.block_size,
+        interval=config.interval,
+        in_flight_tokens=in_flight_tokens(vllm_config),
+    )
+    if peak > pool:
+        raise ConfigError(
+            f"this request may need {peak} KV blocks of {cache.block_size} tokens ({prompt_tokens} "
+            f"prompt tokens, max_tokens={max_tokens}, kv_policy="
+            f"{config.policy if policy.evict else 'none'}, kv_budget={policy.budget}, "
+            f"kv_protect={policy.protect}) but the server has {pool}; lower max_tokens or kv_budget"
+        )
+
+
+def pool_blocks(vllm_config: Any) -> int | None:
+    """Blocks that requests of one engine can use, or None before the engine has told."""
+    total = vllm_config.cache_config.num_gpu_blocks
+    if not total:
+        return None
+    # vLLM sums over data-parallel engines; each keeps one null block.
+    return total // vllm_config.parallel_config.data_parallel_size - 1
