@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""Says whether this installation and a command line would work; it reports and changes nothing.
+
+Each section yields findings; the exit status is 1 when one of them is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    ok: bool
+    text: str
+
+
+def run(command: Sequence[str] = ()) -> int:
+    """Print the whole report; `command` is a `vllm serve ...` command line. Returns the status."""
+    # Only our own lines are of interest here; an explicit level stays.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    sections: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("versions", versions),
+        ("touches on vLLM", touches),
+        ("policies", policies),
+        ("command line", lambda: command_line(command)),
+        ("self-test", self_test),
+    ]
+    wrong = 0
+    for title, section in sections:
+        print(title)
+        for finding in section():
+            wrong += not finding.ok
+            print(f"  {'ok     ' if finding.ok else 'PROBLEM'}  {finding.text}", flush=True)
+    print("all is well" if not wrong else f"{wrong} problem(s)")
+    return 1 if wrong else 0
+
+
+def versions() -> Iterator[Finding]:
+    """What is installed, and whether this vLLM is supported."""
+    from gkv_vllm import __version__, refusals
+    from gkv_vllm.compat import SUPPORTED_VLLM
+
+    yield Finding(True, f"gkv_vllm {__version__}")
+    try:
+        vllm = refusals.vllm_version()
+    except ImportError as error:
+        yield Finding(False, f"vLLM cannot be imported ({error}); install gkv-vllm[vllm]")
+        return
+    supported = refusals.version_supported(vllm)
+    yield Finding(supported, f"vllm {vllm} (supported: {SUPPORTED_VLLM})")
+    for package in ("torch", "transformers"):
+        try:
+            yield Finding(True, f"{package} {version(package)}")
+        except PackageNotFoundError:
+            yield Finding(False, f"{package} is not installed")
+
+
+def touches() -> Iterator[Finding]:
+    """Whether every part of vLLM we depend on is still there, with the parameters we rely on."""
+    from gkv_vllm.compat import TOUCHES, check_touch
+
+    for touch in TOUCHES:
+        problem = check_touch(touch)
+        how = "patched" if touch.patched else "relied on"
+        yield Finding(problem is None, problem or f"{touch.target} ({how}: {touch.why})")
+
+
+def policies() -> Iterator[Finding]:
+    """Every registered policy, and whether it loads with its default parameters."""
+    from gkv_vllm.policies import registry
+
+    for name in registry.names():
+        try:
+            yield Finding(True, f"{name}: {registry.create(name, {})!r}")
+        except Exception as error:  # a third party's module may raise anything
+            yield Finding(False, f"{name}: {error}")
+
+
+# --- a command line ------------------------------------------------------------------------------
+
+
+def command_line(command: Sequence[str]) -> Iterator[Finding]:
+    """What `vllm serve` with these arguments would refuse; starts no engine."""
+    arguments = [*command]
+    for word in ("vllm", "serve"):
+        if arguments[:1] == [word]:
+            arguments.pop(0)
+    if not arguments:
+        yield Finding(True, "none given; append: -- vllm serve MODEL --kv-policy gkv ...")
+        return
+    heard = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard):
+            problems, description = _problems(arguments)
+    except SystemExit as exit_:
+        # argparse prints its sentence and exits with a number; ours is the exit's own message.
+        said = exit_.code if isinstance(exit_.code, str) else heard.getvalue()
+        for line in said.strip().splitlines() or ["the command line was not understood"]:
+            if not line.startswith("usage:"):
+                yield Finding(False, line.removeprefix("gkv_vllm: error: "))
+        return
+    except Exception as error:  # vLLM raises many kinds for a config it cannot build
+        yield Finding(False, f"vLLM itself refuses: {error}")
+        return
+    for problem in problems:
+        yield Finding(False, problem)
+    if not problems:
+        yield Finding(True, description)
+
+
+def _problems(arguments: list[str]) -> tuple[list[str], str]:
+    from gkv_vllm import plugin
+
+    engine_args = _engine_args(arguments)
+    config = plugin.read_config(engine_args.additional_config)
+    if not config.active:
+        return [], "no policy asked for (--kv-policy): the plugin does nothing"
+    vllm_config = _stock_config(engine_args)
+    problems = plugin.problems_of(vllm_config, config)
+    return problems, f"would serve with {config}"
+
+
+def _engine_args(arguments: list[str]) -> Any:
+    """Parse as `vllm serve` does, plugin flags included."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from gkv_vllm import plugin
+
+    plugin.register()
+    parser = FlexibleArgumentParser(prog="vllm")
+    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args(["serve", *arguments])
+    if getattr(args, "model_tag", None) is not None:
+        args.model = args.model_tag
+    return AsyncEngineArgs.from_cli_args(args)
+
+
+def _stock_config(engine_args: Any) -> Any:
+    """The VllmConfig that vLLM builds before our wrapper activates anything."""
+    create = type(engine_args).create_engine_config
+    return getattr(create, "__wrapped__", create)(engine_args)
+
+
+# --- self-test -----------------------------------------------------------------------------------
+
+
+def self_test() -> Iterator[Finding]:
+    """Run the planner and the reference scores on a toy table, in well under a second."""
+    for test in (_test_planner, _test_scores, _test_live_table):
+        try:
+            yield Finding(True, test())
+        except Exception as error:  # whatever it is, the report goes on
+            yield Finding(False, f"{test.__name__.lstrip('_')}: {type(error).__name__}: {error}")
+
+
+def _expect(condition: bool, sentence: str) -> None:
+    # Not an assert: the report must mean the same under `python -O`.
+    if not condition:
+        raise RuntimeError(sentence)
+
+
+def _toy(policy: str) -> tuple[Any, Any]:
+    """A planner over blocks of 4 tokens, budget 16, interval 8, window 4; and its config."""
+    from gkv_vllm.config import KVPolicyConfig
+    from gkv_vllm.engine.planner import EvictionPlanner
+    from gkv_vllm.policies import registry
+
+    config = KVPolicyConfig(policy=policy, budget=16, interval=8, window=4)
+    planner = EvictionPlanner(config, registry.create(policy, {}), block_size=4, num_slots=1)
+    return planner, config
+
+
+def _test_planner() -> str:
+    """A request of 6 prompt tokens decodes to 200 and never holds more than its bound."""
+    from gkv_vllm.config import blocks
+    from gkv_vllm.engine.footprint import peak_blocks
+
+    planner, config = _toy("recency")
+    policy = config.for_request(None)
+    planner.add("toy", prompt_tokens=6, policy=policy)
+    bound = peak_blocks(
+        policy, prompt_tokens=6, max_tokens=194, block_size=4, interval=8, in_flight_tokens=1
+    )
+    gone: set[int] = set()
+    for num_tokens in range(6, 201):
+        gone.update(planner.evictions().get("toy", ()))
+        planner.plan([("toy", num_tokens)])
+        held = blocks(num_tokens, 4) - len(gone)
+        _expect(held <= bound, f"{held} blocks held at {num_tokens} tokens, bound {bound}")
+    _expect(bool(gone) and min(gone) == 2, f"protected blocks 0 and 1 must stay, gone: {gone}")
+    kept = sorted(set(range(50)) - gone)
+    _expect(kept == [0, 1, *range(kept[2], 50)], f"recency must keep the newest, kept {kept}")
+    return f"planner: 200 tokens, {len(gone)} of 50 blocks evicted, at most {bound} held"
+
+
+def _test_scores() -> str:
+    """The block that the window attends to survives G-KV."""
+    import torch
+
+    from gkv_vllm.engine.plan import BlockScores
+    from gkv_vllm.policies.base import LayerView
+
+    planner, config = _toy("gkv")
+    planner.add("toy", prompt_tokens=4, policy=config.for_request(None))
+    plan = planner.plan([("toy", 28)])
+    _expect("toy" in plan.observe, "a request of 24 unprotected tokens must be observed")
+
+    queries = torch.zeros(1, 2, 4, 8)
+    queries[..., 0] = 4.0
+    keys = torch.zeros(1, 1, 28, 8)
+    keys[0, 0, 13, 0] = 4.0  # one token of block 3 is what every query asks for
+    view = LayerView(queries, keys, 1.0, 0.0, block_size=4, history=torch.zeros(1, 1, 7))
+    scores = planner.policy.combine(planner.policy.score(view))
+    _expect(int(scores.argmax()) == 3, f"block 3 must score highest, got {scores.tolist()}")
+
+    epoch = plan.observe["toy"].epoch
+    planner.accept(BlockScores({"toy": (epoch, scores.tolist())}, seconds=0.0))
+    gone = planner.evictions()["toy"]
+    _expect(gone == [1, 2], f"the two oldest unattended blocks must go, gone: {gone}")
+    return f"gkv: the attended block stays, blocks {gone} go"
+
+
+def _test_live_table() -> str:
+    """Holes leave the table that attention reads, and one block of the length for each."""
+    import torch
+
+    from gkv_vllm.attention.live_table import squeeze
+
+    table = torch.tensor([[5, 0, 7, 0, 9], [1, 2, 0, 0, 0]], dtype=torch.int32)
+    live = squeeze(table, torch.tensor([18, 8], dtype=torch.int32), block_size=4)
+    rows, lengths = live.block_table[:, :3].tolist(), live.seq_lens.tolist()
+    _expect(rows == [[5, 7, 9], [1, 2, 0]], f"live rows are {rows}")
+    _expect(lengths == [10, 8], f"live lengths are {lengths}")
+    return "live table: holes are squeezed out, lengths follow"
