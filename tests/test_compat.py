@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""Every touch on vLLM fits the installed release, a touch that moved is noticed, wraps are clean."""
+"""Every touch on vLLM fits the installed release; one that moved is noticed; wraps are clean."""
 
 import inspect
 import sys
