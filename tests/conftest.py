@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The seeded demo model; made when it is missing (seconds, no download)."""
+    path = ROOT / "build" / "demo-model"
+    if not (path / "config.json").exists():
+        subprocess.run([sys.executable, ROOT / "scripts" / "make_demo_model.py"], check=True)
+    return path

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""Runs vLLM's CPU engine inside the test process, so that tests can look at its blocks and plans."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ENGINE_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+BLOCK_SIZE = 32
+ENGINE_ARGUMENTS: dict[str, Any] = {
+    "max_model_len": 2048,
+    "block_size": BLOCK_SIZE,
+    "enforce_eager": True,
+    "dtype": "float32",
+    "max_num_batched_tokens": 256,
+    "max_num_seqs": 64,
+    "seed": 0,
+}
+POLICY = {"policy": "gkv", "budget": 1024, "min_budget": 96, "interval": 32, "window": 16}
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """A prompt of byte tokens; the same seed gives the same prefix at any length."""
+    return [(seed * 37 + 11 * i + (i * i) // 3) % 200 + 5 for i in range(length)]
+
+
+def request(
+    token_ids: list[int], max_tokens: int, *, temperature: float = 0.0, **kv: Any
+) -> dict[str, Any]:
+    """A request as plain data, for the in-process engine and for the stock one."""
+    params: dict[str, Any] = {
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "logprobs": 0,
+    }
+    if temperature:
+        params["seed"] = 17
+    if kv:
+        params["extra_args"] = kv
+    return {"prompt_token_ids": token_ids, "params": params}
+
+
+class InProcessEngine:
+    """An `LLM` whose scheduler and worker live in this process."""
+
+    def __init__(self, model: Path, *, num_blocks: int, kv_policy: dict[str, Any] | None) -> None:
+        os.environ.update(ENGINE_ENVIRONMENT)
+        from vllm import LLM
+
+        extra = {"additional_config": {"kv_policy": kv_policy}} if kv_policy else {}
+        self.llm = LLM(
+            str(model), num_gpu_blocks_override=num_blocks, **ENGINE_ARGUMENTS, **extra
+        )
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.worker = self.core.model_executor.driver_worker.worker
+        self.runner = self.worker.model_runner
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self._count = 0
+
+    def add(self, request: dict[str, Any]) -> str:
+        """Queue a request; `step` runs it. Returns the id that the scheduler knows it by."""
+        from vllm import SamplingParams
+
+        self._count += 1
+        before = set(self.scheduler.requests)
+        self.llm.llm_engine.add_request(
+            f"request-{self._count}",
+            {"prompt_token_ids": list(request["prompt_token_ids"])},
+            SamplingParams(**request["params"]),
+        )
+        (internal,) = set(self.scheduler.requests) - before
+        return internal
+
+    def step(self) -> list[Any]:
+        """One engine step: the outputs of requests that made progress."""
+        return self.llm.llm_engine.step()
+
+    def run(
+        self, requests: list[dict[str, Any]], after_step: Callable[[], None] | None = None
+    ) -> list[dict[str, Any]]:
+        """Run requests to their ends: token ids and log-probabilities in the order given."""
+        order = [self.add(request).rsplit("-", 1)[0] for request in requests]
+        done: dict[str, dict[str, Any]] = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            for output in self.step():
+                if output.finished:
+                    done[output.request_id] = completed(output)
+            if after_step is not None:
+                after_step()
+        return [done[id_] for id_ in order]
+
+    def forget_cache(self) -> None:
+        """Empty the prefix cache, so that scenarios do not feed each other."""
+        assert self.scheduler.reset_prefix_cache()
+
+    def key_value_caches(self) -> list[Any]:
+        """The paged cache tensors, one per layer: [blocks, kv_heads, block_size, 2 * head_dim]."""
+        return [cache for cache in self.runner.kv_caches]
+
+    @contextmanager
+    def each_schedule(self, look: Callable[[Any], None]) -> Iterator[None]:
+        """Call `look(scheduler_output)` for every step that is scheduled inside the block."""
+        original = self.scheduler.schedule
+
+        def schedule(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            look(output)
+            return output
+
+        self.scheduler.schedule = schedule
+        try:
+            yield
+        finally:
+            del self.scheduler.schedule
+
+
+def completed(output: Any) -> dict[str, Any]:
+    """What tests compare of a finished request."""
+    (answer,) = output.outputs
+    chosen = [
+        step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)
+    ]
+    return {"token_ids": list(answer.token_ids), "logprobs": chosen}
+
+
+def run_stock(model: Path, requests: list[dict[str, Any]], num_blocks: int) -> list[dict[str, Any]]:
+    """The same requests through vLLM with no plugin loaded at all, in a process of its own."""
+    job = {"model": str(model), "num_blocks": num_blocks, "requests": requests}
+    result = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(job),
+        env={**os.environ, **ENGINE_ENVIRONMENT, "VLLM_PLUGINS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    engine = InProcessEngine(Path(job["model"]), num_blocks=job["num_blocks"], kv_policy=None)
+    assert type(engine.scheduler).__module__.startswith("vllm."), "the stock engine is not stock"
+    print(json.dumps(engine.run(job["requests"])))
+
+
+if __name__ == "__main__":
+    main()

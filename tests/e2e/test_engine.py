@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""The invariants of eviction on vLLM's own engine (CPU build), looked at from inside the process."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gkv_vllm.engine.footprint import peak_blocks
+
+from .harness import BLOCK_SIZE, POLICY, InProcessEngine, prompt, request, run_stock
+
+pytestmark = pytest.mark.e2e
+
+NUM_BLOCKS = 260
+SMALL = {"kv_budget": 96}
+
+
+@pytest.fixture(scope="module")
+def engine(demo_model: Path) -> InProcessEngine:
+    return InProcessEngine(demo_model, num_blocks=NUM_BLOCKS, kv_policy=POLICY)
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(engine: InProcessEngine) -> None:
+    engine.forget_cache()
+
+
+def held(engine: InProcessEngine) -> Counter[int]:
+    """Block id to the number of tables that hold it, over all requests."""
+    (manager,) = engine.scheduler.evicting_managers
+    return Counter(
+        block.block_id
+        for blocks in manager.req_to_blocks.values()
+        for block in blocks
+        if not block.is_null
+    )
+
+
+def assert_accounts_balance(engine: InProcessEngine) -> None:
+    """Every block is free or held, and its reference count says by how many."""
+    holders = held(engine)
+    for block in engine.pool.blocks:
+        if not block.is_null:
+            assert block.ref_cnt == holders[block.block_id]
+    assert engine.pool.get_num_free_blocks() + len(holders) == NUM_BLOCKS - 1
+
+
+def test_nothing_evicted_gives_the_very_bits_of_stock_vllm(
+    engine: InProcessEngine, demo_model: Path
+) -> None:
+    shared = prompt(3, 150)
+    # First, so that its prompt is not split: a seeded request in chunks kills stock vLLM on CPU.
+    sampled = request(prompt(9, 60), 40, temperature=0.8)
+    batch = [request(prompt(i, 20 + 31 * i), 60) for i in range(5)]
+    batch += [request(shared + prompt(i, 40), 50) for i in range(20, 24)]
+    twice = [sampled, *batch, *batch]  # the second half meets a warm prefix cache
+    events = engine.scheduler.planner.stats.evictions
+    ours = engine.run(twice)
+    assert engine.scheduler.planner.stats.evictions == events
+    assert ours == run_stock(demo_model, twice, NUM_BLOCKS)
+
+
+def test_a_request_never_holds_more_than_its_bound_and_accounts_balance(
+    engine: InProcessEngine,
+) -> None:
+    requests = [request(prompt(i, 30 + 7 * i), 400, **SMALL) for i in range(6)]
+    requests += [request(prompt(50, 500), 200, kv_budget=128, kv_protect="none")]
+    requests += [request(prompt(51, 500), 200, kv_budget=128, kv_protect="sinks")]
+    (manager,) = engine.scheduler.evicting_managers
+    most: Counter[str] = Counter()
+
+    def look() -> None:
+        assert_accounts_balance(engine)
+        for id_, blocks in manager.req_to_blocks.items():
+            live = sum(not block.is_null for block in blocks)
+            most[id_] = max(most[id_], live)
+            asked = engine.scheduler.requests[id_]
+            policy = engine.scheduler.kv_policy.for_request(
+                asked.sampling_params.extra_args, BLOCK_SIZE
+            )
+            assert live <= peak_blocks(
+                policy,
+                prompt_tokens=asked.num_prompt_tokens,
+                max_tokens=2048,
+                block_size=BLOCK_SIZE,
+                interval=POLICY["interval"],
+                in_flight_tokens=min(256, asked.num_prompt_tokens),
+            )
+
+    outputs = engine.run(requests, after_step=look)
+    assert [len(o["token_ids"]) for o in outputs] == [400] * 6 + [200] * 2
+    # The bound is not just an upper one: without eviction a small request would hold 14 blocks.
+    assert sorted(most.values())[:6] <= [8] * 6
+    assert engine.pool.get_num_free_blocks() == NUM_BLOCKS - 1
+
+
+def test_freed_blocks_are_never_read(engine: InProcessEngine) -> None:
+    requests = [request(prompt(i, 40 + 9 * i), 300, **SMALL) for i in range(6)]
+    clean = engine.run(requests)
+    engine.forget_cache()
+    caches = engine.key_value_caches()
+    poisoned: set[int] = set()
+
+    def poison(output: Any) -> None:
+        plan = getattr(output, "gkv_plan", None)
+        # What this step allocates may be blocks that were poisoned: stock vLLM hands out blocks with
+        # whatever they held, and its kernels do read the unwritten rest of a last block.
+        holders = held(engine)
+        for block_id in poisoned & set(holders):
+            for cache in caches:
+                cache[block_id] = 0
+        poisoned.difference_update(holders)
+        if plan is None or not plan.drops:
+            return
+        for block in engine.pool.blocks[1:]:
+            if block.ref_cnt == 0 and block.block_hash is None:
+                poisoned.add(block.block_id)
+                for cache in caches:
+                    cache[block.block_id] = float("nan")
+
+    try:
+        with engine.each_schedule(poison):
+            dirty = engine.run(requests)
+        assert len(poisoned) > 20
+        assert dirty == clean
+    finally:
+        for cache in caches:
+            cache.nan_to_num_(0.0)
+
+
+def test_shared_prefix_bytes_survive_eviction_and_others_hit_them(engine: InProcessEngine) -> None:
+    shared = prompt(7, 8 * BLOCK_SIZE)
+    alone = engine.run([request(shared + prompt(70, 9), 30)])
+    engine.forget_cache()
+
+    engine.run([request(shared + prompt(71, 5), 1)])
+    hashed = [b.block_id for b in engine.pool.blocks if b.block_hash is not None]
+    before = [cache[hashed].clone() for cache in engine.key_value_caches()]
+    evicting = request(shared + prompt(72, 3), 300, kv_budget=96, kv_protect="none")
+    neighbour = request(shared + prompt(70, 9), 30)
+    dropped: Counter[int] = Counter()
+
+    def look(output: Any) -> None:
+        plan = getattr(output, "gkv_plan", None)
+        for blocks in (plan.drops if plan else {}).values():
+            dropped.update(blocks)
+
+    with engine.each_schedule(look):
+        _, beside = engine.run([evicting, neighbour])
+    assert any(block < 8 for block in dropped), "no shared block was evicted"
+    for cache, bytes_before in zip(engine.key_value_caches(), before, strict=True):
+        assert torch.equal(cache[hashed], bytes_before)
+    assert beside["token_ids"] == alone[0]["token_ids"]
+    again = engine.run([request(shared + prompt(70, 9), 30)])
+    assert again[0]["token_ids"] == alone[0]["token_ids"]
+
+
+def test_blocks_computed_after_an_eviction_never_enter_the_prefix_cache(
+    engine: InProcessEngine,
+) -> None:
+    first = request(prompt(80, 40), 400, **SMALL)
+    (answer,) = engine.run([first])
+    follow_up = first["prompt_token_ids"] + answer["token_ids"]
+    probe = engine.add(request(follow_up, 1, kv_policy="none"))
+    engine.step()
+    # The request was first evicted when it was 64 + 96 + 32 tokens long.
+    hits = engine.scheduler.requests.get(probe)
+    cached = hits.num_cached_tokens if hits and hasattr(hits, "num_cached_tokens") else None
+    stats = [b for b in engine.pool.blocks if b.block_hash is not None and not b.is_null]
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step()
+    assert cached is None or cached <= 192
+    assert stats
+
+
+def test_four_times_more_demand_than_blocks_ends_well(engine: InProcessEngine) -> None:
+    # 40 requests of 700 tokens want 880 blocks; the pool has 259.
+    requests = [request(prompt(i, 40 + i), 660, **SMALL) for i in range(30)]
+    requests += [request(prompt(60 + i, 64), 300, kv_policy="none") for i in range(10)]
+    aborted: list[str] = []
+
+    def abort_some() -> None:
+        if len(aborted) < 4 and len(engine.scheduler.running) > 20:
+            victim = engine.scheduler.running[len(aborted) * 3].request_id
+            aborted.append(victim.rsplit("-", 1)[0])
+            engine.llm.llm_engine.abort_request([victim], internal=True)
+
+    order = [engine.add(r).rsplit("-", 1)[0] for r in requests]
+    lengths: dict[str, int] = {}
+    while engine.llm.llm_engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                lengths[output.request_id] = len(output.outputs[0].token_ids)
+        abort_some()
+        assert_accounts_balance(engine)
+    assert len(aborted) == 4
+    for id_, asked in zip(order, requests, strict=True):
+        if id_ not in aborted:
+            assert lengths[id_] == asked["params"]["max_tokens"]
+    assert engine.pool.get_num_free_blocks() == NUM_BLOCKS - 1
+    assert not engine.scheduler.planner.tracks
+
+
+def test_log_probabilities_equal_a_dense_model_over_the_surviving_tokens(
+    engine: InProcessEngine, demo_model: Path
+) -> None:
+    """The whole chain at once: a Hugging Face forward in which each query sees exactly what survived."""
+    from transformers import AutoModelForCausalLM
+
+    asked = request(prompt(90, 45), 420, **SMALL)
+    gone_at: dict[int, int] = {}  # logical block -> first position computed without it
+
+    def look(output: Any) -> None:
+        plan = getattr(output, "gkv_plan", None)
+        if plan is None or not plan.drops:
+            return
+        ((id_, blocks),) = plan.drops.items()
+        position = engine.scheduler.requests[id_].num_computed_tokens - 1
+        gone_at.update(dict.fromkeys(blocks, position))
+
+    with engine.each_schedule(look):
+        (answer,) = engine.run([asked])
+    assert len(gone_at) > 5
+
+    tokens = torch.tensor([asked["prompt_token_ids"] + answer["token_ids"]])
+    length = tokens.shape[1]
+    visible = torch.ones(length, length, dtype=torch.bool).tril()
+    for block, position in gone_at.items():
+        visible[position:, block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE] = False
+    model = AutoModelForCausalLM.from_pretrained(
+        demo_model, dtype=torch.float32, attn_implementation="eager"
+    )
+    mask = torch.zeros(1, 1, length, length).masked_fill(~visible, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask).logits[0]
+    predicted = logits.log_softmax(-1)[len(asked["prompt_token_ids"]) - 1 : -1]
+    expected = predicted.gather(1, tokens[0, len(asked["prompt_token_ids"]) :, None])[:, 0]
+    # float32 through four layers: the two forwards differ by rounding only.
+    torch.testing.assert_close(
+        torch.tensor(answer["logprobs"]), expected, rtol=1e-3, atol=2e-3
+    )
+
+
+def test_the_same_request_repeats_whatever_else_is_in_the_batch(engine: InProcessEngine) -> None:
+    asked = request(prompt(33, 50), 250, **SMALL)
+    alone = engine.run([asked])[0]
+    engine.forget_cache()
+    crowd = [request(prompt(100 + i, 30 + i), 200, **SMALL) for i in range(5)]
+    together = engine.run([*crowd, asked])[-1]
+    assert json.dumps(together["token_ids"]) == json.dumps(alone["token_ids"])
