@@ -38,6 +38,8 @@ class Track:
     holes: int = 0
     events: int = 0
     slot: int | None = None
+    unrecorded: int = 0
+    """Tokens computed at the last step that had to be recorded and found no slot."""
     observed_at: int | None = None
     """Tokens computed at the observation that waits for its scores."""
     scores: Sequence[float] | None = None
@@ -211,11 +213,13 @@ class EvictionPlanner:
                 self._rank_now(request_id, track, num_tokens)
             return
         if track.slot is None and not self._acquire_slot(track):
+            track.unrecorded = num_tokens
             self.stats.skip("no_slot")
             return
         assert track.slot is not None
         plan.record[request_id] = Recording(track.slot, num_tokens)
-        if is_due:
+        # Only a slot that came late can lack queries of the window.
+        if is_due and num_tokens - track.unrecorded >= self.config.window:
             track.observed_at = num_tokens
             plan.observe[request_id] = Observation(track.slot, track.epoch, num_tokens)
 

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 
 def in_flight_tokens(vllm_config: VllmConfig) -> int:
-    """Tokens of one request that can be scheduled before an eviction it is due for happens.
+    """Tokens a request may be ahead of the rule when an eviction happens, a chunk per step.
 
-    A request may get a whole prefill chunk in each step that is in flight."""
-    scheduler = vllm_config.scheduler_config
-    chunk = scheduler.max_num_batched_tokens
-    return vllm_config.max_concurrent_batches * chunk
+    With one batch at a time that is the step that makes it due. With two, one more starts before
+    the scores arrive; and the step that makes it due may itself follow one that the eviction
+    before did not count."""
+    chunk = vllm_config.scheduler_config.max_num_batched_tokens
+    return (2 * vllm_config.max_concurrent_batches - 1) * chunk
 
 
 @dataclass(frozen=True, kw_only=True)
