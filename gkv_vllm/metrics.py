@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _C = TypeVar("_C")
 
-MANAGER_INIT = "vllm.v1.metrics.loggers:StatLoggerManager.__init__"
 
 PREFIX = "gkv:"
 SKIP_REASONS = {
@@ -256,7 +255,7 @@ def install(vllm_config: Any) -> None:
     Does nothing without a policy, and nothing the second time. A manager whose own config has no
     policy behaves as stock. Call it before the engine client is built."""
     if _policy(vllm_config).active:
-        compat.wrap(MANAGER_INIT, _around_init)
+        compat.wrap(compat.MANAGER_INIT, _around_init)
         compat.wrap(compat.RECORD, _around_record)
 
 

@@ -72,7 +72,7 @@ def forget_our_collectors() -> None:
 @pytest.fixture
 def installable():
     """Whatever a test installs is gone after it, from vLLM and from the global registry."""
-    targets = (metrics.MANAGER_INIT, compat.RECORD)
+    targets = (compat.MANAGER_INIT, compat.RECORD)
     for target in targets:
         compat.unwrap(target)
     forget_our_collectors()
@@ -295,7 +295,7 @@ def test_stats_without_our_keys_change_nothing(installable, monkeypatch):
 @pytest.mark.parametrize("policy", [None, {"policy": "none"}], ids=["absent", "none"])
 def test_install_without_a_policy_leaves_vllm_alone(installable, policy):
     manager = manager_of(engine_config(policy))
-    assert not compat.wrapped(metrics.MANAGER_INIT)
+    assert not compat.wrapped(compat.MANAGER_INIT)
     assert not compat.wrapped(compat.RECORD)
     stats = SchedulerStats(num_kv_fetch_reqs_by_stage=stock_counts())
     manager.record(stats, None)
