@@ -94,8 +94,8 @@ class EvictionMixin(Scheduler):
                 "be evicted; lower --kv-budget or give the KV cache more memory"
             )
         logger.info(
-            "KV policy %s: a decoding request holds at most %d blocks of %d tokens (prompt up to %d "
-            "tokens, protect=%s); the pool of %d blocks decodes %.1f such requests",
+            "KV policy %s: a decoding request holds at most %d blocks of %d tokens (prompt up to "
+            "%d tokens, protect=%s); the pool of %d blocks decodes %.1f such requests",
             config.policy,
             decoding,
             block_size,

@@ -23,8 +23,9 @@ def local_scores(queries: Tensor, keys: Tensor, scale: float, softcap: float = 0
         raise ValueError(
             f"local_scores: {tuple(queries.shape)} queries do not fit {tuple(keys.shape)} keys"
         )
-    grouped = queries.float().unflatten(-3, (kv_heads, -1))
-    logits = grouped @ keys.float().unsqueeze(-3).transpose(-1, -2) * scale
+    # One product per KV head: the queries of its whole group, over all window positions.
+    grouped = queries.float().unflatten(-3, (kv_heads, -1)).flatten(-3, -2) * scale
+    logits = (grouped @ keys.float().transpose(-1, -2)).unflatten(-2, (-1, window))
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
