@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _C = TypeVar("_C")
 
-
 PREFIX = "gkv:"
 SKIP_REASONS = {
     "no_candidates": "scores arrived, but every unprotected block lies in the budget or the window",
