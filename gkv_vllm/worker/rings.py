@@ -36,8 +36,8 @@ class RingIndex:
             base = recording.slot * self.window
             sources.extend(range(end - count, end))
             targets.extend(base + (first + i) % self.window for i in range(count))
-        self.source = torch.tensor(sources, device=self.device)
-        self.target = torch.tensor(targets, device=self.device)
+        self.source = torch.tensor(sources, dtype=torch.int64, device=self.device)
+        self.target = torch.tensor(targets, dtype=torch.int64, device=self.device)
 
 
 class QueryRing:
