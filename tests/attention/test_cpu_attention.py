@@ -176,7 +176,7 @@ class Step:
         return output
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Float64 attention over exactly the survivors, causal by logical position, and its error."""
+        """Float64 attention over the survivors, causal by logical position; and its error."""
         rows = [self._dense_row(i) for i in range(len(self.rows))]
         return torch.cat([out for out, _ in rows]), torch.cat([error for _, error in rows])
 

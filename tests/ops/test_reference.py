@@ -48,7 +48,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def naive_local_scores(queries: Tensor, keys: Tensor, shape: Shape) -> Tensor:
-    """One softmax per query and head in Python floats; then the maximum and the mean, as written."""
+    """One softmax per query and head in Python floats; then the maximum and the mean."""
     group, old = shape.query_heads // shape.kv_heads, shape.tokens - shape.window
     scores = torch.zeros(shape.kv_heads, old, dtype=torch.float64)
     for kv_head in range(shape.kv_heads):

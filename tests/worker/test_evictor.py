@@ -51,12 +51,12 @@ class Step:
     def __init__(self) -> None:
         self.log: list[Any] = []
         self.index = RingIndex(4, CPU)
-        self.evictor = Evictor(Runner(self.log), Scorer(self.log), self.index)  # type: ignore[arg-type]
+        self.evictor = Evictor(Runner(self.log), Scorer(self.log), self.index)
         self.ring = QueryRing(self.index, 3, 1, 1, torch.float32)
 
     def forward(self) -> None:
         starts = torch.tensor([0, 1, 7, 9])
-        self.evictor.begin_forward(SimpleNamespace(query_start_loc_cpu=starts))  # type: ignore[arg-type]
+        self.evictor.begin_forward(SimpleNamespace(query_start_loc_cpu=starts))
         self.ring.store(torch.arange(1.0, 10.0).view(9, 1, 1))
 
 
@@ -93,7 +93,7 @@ def test_only_the_recorded_rows_reach_the_rings(step: Step) -> None:
 def test_rows_are_looked_up_when_the_batch_is_known(step: Step) -> None:
     """Between `begin` and the forward the runner adds, removes and reorders rows."""
     step.evictor.begin(StepPlan(record={"b": Recording(slot=1, num_tokens=2)}))
-    step.evictor.runner.rows = {"b": 2, "c": 1}  # type: ignore[attr-defined]
+    step.evictor.runner.rows = {"b": 2, "c": 1}
     step.forward()
     assert step.ring.queries.view(3, 4)[1].tolist() == [8.0, 9.0, 0.0, 0.0]
 
@@ -135,8 +135,8 @@ def test_nothing_observed_means_no_scores(step: Step) -> None:
 
 def test_a_policy_without_queries_only_drops() -> None:
     log: list[Any] = []
-    evictor = Evictor(Runner(log), None, None)  # type: ignore[arg-type]
+    evictor = Evictor(Runner(log), None, None)
     evictor.begin(StepPlan(drops={"a": [1]}, reset=[0]))
-    evictor.begin_forward(SimpleNamespace())  # type: ignore[arg-type]
+    evictor.begin_forward(SimpleNamespace())
     assert evictor.finish() is None
     assert log == [("drop", "a", [1])]

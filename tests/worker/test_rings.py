@@ -83,7 +83,7 @@ def worlds(draw: st.DrawFn, always: bool) -> tuple[World, list[list[tuple[int, i
 
 @relaxed
 @given(worlds(always=True))
-def test_the_window_is_the_last_queries_of_the_whole_history(case) -> None:  # type: ignore[no-untyped-def]
+def test_the_window_is_the_last_queries_of_the_whole_history(case) -> None:
     world, steps = case
     for batch in steps:
         world.step(batch)
@@ -92,7 +92,7 @@ def test_the_window_is_the_last_queries_of_the_whole_history(case) -> None:  # t
 
 @relaxed
 @given(worlds(always=False))
-def test_steps_before_the_window_need_not_be_recorded(case) -> None:  # type: ignore[no-untyped-def]
+def test_steps_before_the_window_need_not_be_recorded(case) -> None:
     world, steps = case
     for batch in steps:
         world.step(batch)

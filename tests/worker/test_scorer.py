@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""Block scores from a paged cache against the same arithmetic over a dense gather of live tokens."""
+"""Block scores from a paged cache against the arithmetic over a dense gather of live tokens."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Paged:
             self.write(layer, 0, shape.tokens)
 
     def write(self, layer: int, start: int, end: int) -> None:
-        """Keys as the "vec" layouts keep them: [head_dim, block_size], the first half of a block."""
+        """Keys as the "vec" layouts keep them: [head_dim, block_size], half of a block."""
         shape, cache = self.shape, self.caches[layer]
         transposed = cache.view(*cache.shape[:2], 2, shape.head_dim, shape.block_size)[:, :, 0]
         for position in range(start, end):
@@ -222,10 +222,10 @@ def test_how_many_layers_are_gathered_at_a_time_does_not_matter(
     assert sum(calls) == shape.layers
 
 
-def counted(calls: list[int]):  # type: ignore[no-untyped-def]
+def counted(calls: list[int]):
     original = GKV.score
 
-    def score(self: GKV, view):  # type: ignore[no-untyped-def]
+    def score(self: GKV, view):
         calls.append(view.keys.shape[0])
         return original(self, view)
 
