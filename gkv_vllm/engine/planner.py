@@ -109,6 +109,16 @@ class EvictionPlanner:
             next_block=track.protected,
         )
 
+    def usable_prefix(self, request_id: str) -> int | None:
+        """How many cached leading tokens a request may start with; None for as many as there are.
+
+        Of the unprotected ones so few that the queries of its first window are computed, not
+        found, and that it holds no more than any other request."""
+        track = self.tracks.get(request_id)
+        if track is None:
+            return None
+        return track.protected * self.block_size + track.due - self.config.window
+
     def remove(self, request_id: str) -> None:
         """The request ended, however it ended."""
         track = self.tracks.pop(request_id, None)

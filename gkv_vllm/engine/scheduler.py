@@ -159,6 +159,18 @@ class EvictionMixin(Scheduler):
             setattr(output, PLAN_ATTRIBUTE, plan)
         return output
 
+    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        """As vLLM's, within what the request may start with."""
+        usable = self.planner.usable_prefix(request.request_id)
+        if usable is None:
+            return super()._get_local_prefix_cache_hit(request)
+        hashes = request.block_hashes
+        request.block_hashes = hashes[: usable // self.hash_block_size]
+        try:
+            return super()._get_local_prefix_cache_hit(request)
+        finally:
+            request.block_hashes = hashes
+
     def _evict(self) -> None:
         for request_id, blocks in self.planner.evictions().items():
             exact_tokens = self.requests[request_id].num_computed_tokens
