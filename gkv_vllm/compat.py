@@ -47,6 +47,11 @@ FROM_CLI_ARGS = f"{_ENGINE_ARGS}.from_cli_args"
 CREATE_ENGINE_CONFIG = f"{_ENGINE_ARGS}.create_engine_config"
 PROCESS_INPUTS = "vllm.v1.engine.input_processor:InputProcessor.process_inputs"
 GENERATE = "vllm.v1.engine.async_llm:AsyncLLM.generate"
+RESPONSES_PARAMS = "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params"
+RESPONSES = (
+    "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses._generate_with_builtin_tools"
+)
+PARSE_ARGS = "vllm.utils.argparse_utils:FlexibleArgumentParser.parse_args"
 MANAGER_INIT = "vllm.v1.metrics.loggers:StatLoggerManager.__init__"
 RECORD = "vllm.v1.metrics.loggers:StatLoggerManager.record"
 
@@ -59,6 +64,12 @@ _FRONT_END = [
     _patched(ADD_CLI_ARGS, "no public hook adds a CLI flag", "vLLM takes plugin flags", "parser"),
     _patched(
         FROM_CLI_ARGS, "flags must reach additional_config", "vLLM takes plugin flags", "args"
+    ),
+    _patched(
+        PARSE_ARGS,
+        "API server processes get the parsed arguments, and load plugins too late to merge flags",
+        "vLLM takes plugin flags",
+        *("self", "args", "namespace"),
     ),
     _patched(
         CREATE_ENGINE_CONFIG,
@@ -79,6 +90,18 @@ _FRONT_END = [
         "a streamed request must be refused before its first byte (process_inputs is too late)",
         "vLLM runs process_inputs before it starts a streaming response",
         *("self", "prompt", "sampling_params", "request_id"),
+    ),
+    _patched(
+        RESPONSES_PARAMS,
+        "a streamed response calls generate() only after its first byte",
+        "vLLM validates the parameters of a streamed response before it starts",
+        *("self", "default_max_tokens", "default_sampling_params"),
+    ),
+    _patched(
+        RESPONSES,
+        "as AsyncLLM.generate, which /v1/responses calls only after its first byte",
+        "vLLM runs process_inputs before it starts a streaming response",
+        *("self", "engine_input", "sampling_params"),
     ),
     _patched(
         MANAGER_INIT,

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
 """The entry point: flags, activation and the check of each request; what evicts lives elsewhere.
 
-`register()` only wraps three methods of `EngineArgs`. Nothing else happens until a finished
+`register()` only wraps methods that read the command line. Nothing else happens until a finished
 `VllmConfig` asks for a policy.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import multiprocessing
 import sys
@@ -29,6 +30,8 @@ ASYNC_SCHEDULER = "gkv_vllm.engine.scheduler.GKVAsyncScheduler"
 WORKER = "gkv_vllm.worker.worker.GKVCPUWorker"
 # Set on an EngineArgs that came from a command line: its errors end the process with a sentence.
 _FROM_CLI = "_gkv_from_cli"
+# Engines with a policy in this process, the newest last.
+_activated: list[Any] = []
 
 
 def register() -> None:
@@ -38,6 +41,7 @@ def register() -> None:
         # An engine core or a worker: its VllmConfig is finished, so spare it the import.
         return
     compat.wrap(compat.ADD_CLI_ARGS, _with_flags)
+    compat.wrap(compat.PARSE_ARGS, _with_merged_namespace)
     compat.wrap(compat.FROM_CLI_ARGS, _with_merged_flags)
     compat.wrap(compat.CREATE_ENGINE_CONFIG, _with_activation)
 
@@ -126,16 +130,34 @@ def merge(additional_config: Any, flags: Mapping[str, Any]) -> Any:
     return merged
 
 
+def merge_into(args: Any) -> None:
+    """Put the flags that were given into `args.additional_config`; without one do nothing."""
+    flags = explicit_settings(args)
+    if flags:
+        args.additional_config = merge(getattr(args, "additional_config", None), flags)
+
+
+def _with_merged_namespace(parse_args: Callable[..., Any]) -> Callable[..., Any]:
+    # vLLM hands the parsed arguments to spawned API servers, where plugins load in the middle of
+    # from_cli_args: what that process needs must stand in vLLM's own arguments by then.
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        namespace = parse_args(*args, **kwargs)
+        with _plain_errors(on_command_line=True):
+            merge_into(namespace)
+        return namespace
+
+    return wrapper
+
+
 def _with_merged_flags(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(cls: Any, args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
-        engine_args = from_cli_args(cls, args, *rest, **kwargs)
-        flags = explicit_settings(args)
-        if flags or asked_for(engine_args.additional_config):
-            with _plain_errors(on_command_line=True):
-                engine_args.additional_config = merge(engine_args.additional_config, flags)
+        with _plain_errors(on_command_line=True):
+            merge_into(args)
+            engine_args = from_cli_args(cls, args, *rest, **kwargs)
+            if asked_for(engine_args.additional_config):
                 read_config(engine_args.additional_config)
-            setattr(engine_args, _FROM_CLI, True)
-        return engine_args
+                setattr(engine_args, _FROM_CLI, True)
+            return engine_args
 
     return wrapper
 
@@ -256,6 +278,9 @@ def activate(vllm_config: Any) -> None:
     }
     compat.wrap(compat.PROCESS_INPUTS, _with_request_check)
     compat.wrap(compat.GENERATE, _with_early_check)
+    compat.wrap(compat.RESPONSES, _with_early_responses_check)
+    compat.wrap(compat.RESPONSES_PARAMS, _with_params_check)
+    _activated.append(vllm_config)
 
     from gkv_vllm import metrics
 
@@ -285,6 +310,30 @@ def _with_early_check(generate: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         check_request(self.vllm_config, sampling_params, prompt_tokens=_prompt_tokens(prompt))
         return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    return wrapper
+
+
+def _with_params_check(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
+    # A request body does not know its engine: check it against the one activated last.
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = to_sampling_params(self, *args, **kwargs)
+        check_request(_activated[-1], params, prompt_tokens=0)
+        return params
+
+    return wrapper
+
+
+def _with_early_responses_check(generate: Callable[..., Any]) -> Callable[..., Any]:
+    # As above, for the one route that calls AsyncLLM.generate() in a generator of its own.
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(generate).bind(self, *args, **kwargs).arguments
+        check_request(
+            self.engine_client.vllm_config,
+            given["sampling_params"],
+            prompt_tokens=_prompt_tokens(given["engine_input"]),
+        )
+        return generate(self, *args, **kwargs)
 
     return wrapper
 

@@ -18,10 +18,16 @@ from gkv_vllm import compat, plugin
 from gkv_vllm.config import ConfigError, KVPolicyConfig
 from gkv_vllm.refusals import PolicyRefused
 
-FRONT_END = [compat.ADD_CLI_ARGS, compat.FROM_CLI_ARGS, compat.CREATE_ENGINE_CONFIG]
+FRONT_END = [
+    compat.ADD_CLI_ARGS,
+    compat.PARSE_ARGS,
+    compat.FROM_CLI_ARGS,
+    compat.CREATE_ENGINE_CONFIG,
+]
 ON_ACTIVATION = [
     compat.PROCESS_INPUTS,
     compat.GENERATE,
+    compat.RESPONSES,
     compat.MANAGER_INIT,
     compat.RECORD,
 ]
@@ -152,11 +158,18 @@ def test_every_argument_order_gives_the_same_config(engine_args):
         assert engine_args(*itertools.chain(*order)).additional_config == MERGED
 
 
-def test_additional_config_of_the_namespace_is_not_changed(parser):
+def test_merging_again_gives_the_same_and_leaves_the_users_mapping_alone():
+    mine = {"kv_policy": {"policy": "recency", "window": 8}}
+    merged = plugin.merge(mine, {"policy": "gkv"})
+    assert merged == {"kv_policy": {"policy": "gkv", "window": 8}}
+    assert plugin.merge(merged, {"policy": "gkv"}) == merged
+    assert mine == {"kv_policy": {"policy": "recency", "window": 8}}
+
+
+def test_a_spawned_api_server_sees_the_flags(parser):
+    """It gets the parsed arguments, and vLLM's own from_cli_args runs before plugins load."""
     args = parser.parse_args(list(itertools.chain(*FLAGS)))
-    AsyncEngineArgs.from_cli_args(args)
-    assert args.additional_config["kv_policy"] == {"policy": "recency", "window": 8}
-    assert AsyncEngineArgs.from_cli_args(args).additional_config == MERGED
+    assert stock(lambda: AsyncEngineArgs.from_cli_args(args)).additional_config == MERGED
 
 
 def test_every_setting_has_a_flag(engine_args):
@@ -456,6 +469,20 @@ def test_generate_refuses_on_the_call_and_not_at_the_first_item(active):
     with pytest.raises(VLLMValidationError, match="kv_buget"):
         AsyncLLM.generate(engine, "hi", params(kv_buget=1), "request")
     assert hasattr(AsyncLLM.generate(engine, "hi", params(), request_id="r"), "__anext__")
+
+
+def test_responses_are_refused_on_the_call_too(active):
+    from types import SimpleNamespace
+
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses as Serving
+
+    serving = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=active))
+    ask = lambda p: Serving._generate_with_builtin_tools(  # noqa: E731
+        serving, "r", engine_input={"prompt_token_ids": [1]}, sampling_params=p, context=None
+    )
+    with pytest.raises(VLLMValidationError, match="kv_buget"):
+        ask(params(kv_buget=1))
+    assert hasattr(ask(params()), "__anext__")
 
 
 def test_process_inputs_refuses_bad_arguments_and_requests_that_cannot_fit(active):
