@@ -11,7 +11,6 @@ import sys
 import pytest
 
 from gkv_vllm.config import (
-    VLLM_REQUEST_KEYS,
     ConfigError,
     KVPolicyConfig,
     RequestPolicy,
@@ -211,9 +210,22 @@ def test_without_a_policy_no_request_evicts():
     assert not KVPolicyConfig().for_request(None).evict
 
 
-@pytest.mark.parametrize("key", sorted(VLLM_REQUEST_KEYS))
+@pytest.mark.parametrize("key", ["kv_transfer_params", "kv_cache_report_mode"])
 def test_keys_that_vllm_adds_itself_pass(key):
     assert SERVER.for_request({key: {"anything": 1}}) == SERVER.for_request(None)
+
+
+def test_vllm_reads_no_further_kv_keys_from_a_request():
+    """A key that vLLM starts to own must be let through."""
+    import re
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    root = Path(find_spec("vllm").origin).parent
+    named = re.compile(r"""extra_args(?:\.get\(|\[)\s*["'](kv_\w+)["']""")
+    sources = [root / "v1" / "request.py", *root.glob("entrypoints/openai/**/*.py")]
+    found = {key for path in sources for key in named.findall(path.read_text())}
+    assert found == {"kv_transfer_params", "kv_cache_report_mode"}
 
 
 @pytest.mark.parametrize(
