@@ -5,25 +5,11 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-DEMO_MODEL = ROOT / "build" / "demo-model"
-
-
-@pytest.fixture(scope="session")
-def demo_model() -> Path:
-    """The demo model's folder; made when `make env` or another test has not made it."""
-    if not (DEMO_MODEL / "config.json").is_file():
-        script = ROOT / "scripts" / "make_demo_model.py"
-        subprocess.run([sys.executable, str(script), str(DEMO_MODEL)], check=True)
-    return DEMO_MODEL
 
 
 @pytest.fixture(scope="session")
