@@ -47,7 +47,6 @@ FROM_CLI_ARGS = f"{_ENGINE_ARGS}.from_cli_args"
 CREATE_ENGINE_CONFIG = f"{_ENGINE_ARGS}.create_engine_config"
 PROCESS_INPUTS = "vllm.v1.engine.input_processor:InputProcessor.process_inputs"
 GENERATE = "vllm.v1.engine.async_llm:AsyncLLM.generate"
-RESPONSES_PARAMS = "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params"
 RESPONSES = (
     "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses._generate_with_builtin_tools"
 )
@@ -90,12 +89,6 @@ _FRONT_END = [
         "a streamed request must be refused before its first byte (process_inputs is too late)",
         "vLLM runs process_inputs before it starts a streaming response",
         *("self", "prompt", "sampling_params", "request_id"),
-    ),
-    _patched(
-        RESPONSES_PARAMS,
-        "a streamed response calls generate() only after its first byte",
-        "vLLM validates the parameters of a streamed response before it starts",
-        *("self", "default_max_tokens", "default_sampling_params"),
     ),
     _patched(
         RESPONSES,

@@ -34,7 +34,6 @@ _WORKS = (
     "chunked prefill",
     "preemption",
     "asynchronous scheduling",
-    "LoRA",
     "sliding-window layers beside full-attention layers (left as they are)",
 )
 

@@ -63,6 +63,13 @@ class Metrics:
         wanted = labels.items()
         return sum(sample.value for sample in named if wanted <= sample.labels.items())
 
+    def label(self, name: str, label: str) -> str:
+        """A label of the first sample of this name; KeyError when there is none."""
+        for sample in self._samples:
+            if sample.name == name:
+                return sample.labels[label]
+        raise KeyError(f"/metrics has no sample named {name}")
+
     def get(self, name: str, default: float = 0.0, **labels: str) -> float:
         """Like `value`, with a default for a name that does not occur."""
         try:
@@ -115,13 +122,16 @@ class Server:
         """Ask the server to end, then kill what is left of its process group; its exit status.
 
         Safe to call again."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(seconds)
-        # The engine core and its workers are in the server's group and may outlive it.
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        try:
+            if self.process.poll() is None:
+                self.process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(seconds)
+        finally:
+            # The engine core and its workers are in the server's group and may outlive it, also
+            # when a second Ctrl-C ends the wait.
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()
 
 
@@ -167,7 +177,7 @@ def _spawn(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Server:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [*command, "--host", HOST, "--port", str(port)],
+            [*command, "--host", HOST, "--port", str(port), "--shutdown-timeout", "5"],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,

@@ -14,7 +14,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from gkv_vllm import compat, plugin
+from gkv_vllm import compat, plugin, request_check
 from gkv_vllm.config import ConfigError, KVPolicyConfig
 from gkv_vllm.refusals import PolicyRefused
 
@@ -406,7 +406,7 @@ def params(max_tokens=8, **extra):
 
 
 def check(config, sampling_params, prompt_tokens=10):
-    plugin.check_request(config, sampling_params, prompt_tokens=prompt_tokens)
+    request_check.check_request(config, sampling_params, prompt_tokens=prompt_tokens)
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_nothing_is_refused_for_want_of_room_before_the_pool_is_known(active):
 def test_data_parallel_engines_share_the_reported_blocks(active):
     active.cache_config.num_gpu_blocks = 200
     active.parallel_config.data_parallel_size = 2
-    assert plugin.pool_blocks(active) == 99
+    assert request_check.pool_blocks(active) == 99
 
 
 def test_requests_of_an_inactive_server_are_not_looked_at(demo_model):

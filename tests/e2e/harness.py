@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""Runs vLLM's CPU engine inside the test process, so that tests can look at its blocks and plans."""
+"""Runs vLLM's CPU engine in the test process, where tests can look at its blocks and plans."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ class InProcessEngine:
         from vllm import LLM
 
         extra = {"additional_config": {"kv_policy": kv_policy}} if kv_policy else {}
-        self.llm = LLM(
-            str(model), num_gpu_blocks_override=num_blocks, **ENGINE_ARGUMENTS, **extra
-        )
+        self.llm = LLM(str(model), num_gpu_blocks_override=num_blocks, **ENGINE_ARGUMENTS, **extra)
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.worker = self.core.model_executor.driver_worker.worker
@@ -139,13 +137,27 @@ def completed(output: Any) -> dict[str, Any]:
     return {"token_ids": list(answer.token_ids), "logprobs": chosen}
 
 
-def run_stock(model: Path, requests: list[dict[str, Any]], num_blocks: int) -> list[dict[str, Any]]:
-    """The same requests through vLLM with no plugin loaded at all, in a process of its own."""
-    job = {"model": str(model), "num_blocks": num_blocks, "requests": requests}
+def run_elsewhere(
+    model: Path,
+    requests: list[dict[str, Any]],
+    num_blocks: int,
+    *,
+    kv_policy: dict[str, Any] | None = None,
+    plugin: bool = True,
+) -> dict[str, Any]:
+    """The requests through an engine in a process of its own: `outputs`, `evictions`, `free`.
+
+    Without `plugin` vLLM does not even load us."""
+    job = {
+        "model": str(model),
+        "num_blocks": num_blocks,
+        "requests": requests,
+        "kv_policy": kv_policy,
+    }
     result = subprocess.run(
         [sys.executable, __file__],
         input=json.dumps(job),
-        env={**os.environ, **ENGINE_ENVIRONMENT, "VLLM_PLUGINS": ""},
+        env={**os.environ, **ENGINE_ENVIRONMENT, **({} if plugin else {"VLLM_PLUGINS": ""})},
         capture_output=True,
         text=True,
         check=False,
@@ -156,9 +168,17 @@ def run_stock(model: Path, requests: list[dict[str, Any]], num_blocks: int) -> l
 
 def main() -> None:
     job = json.load(sys.stdin)
-    engine = InProcessEngine(Path(job["model"]), num_blocks=job["num_blocks"], kv_policy=None)
-    assert type(engine.scheduler).__module__.startswith("vllm."), "the stock engine is not stock"
-    print(json.dumps(engine.run(job["requests"])))
+    engine = InProcessEngine(
+        Path(job["model"]), num_blocks=job["num_blocks"], kv_policy=job["kv_policy"]
+    )
+    outputs = engine.run(job["requests"])
+    planner = getattr(engine.scheduler, "planner", None)
+    result = {
+        "outputs": outputs,
+        "evictions": planner.stats.evictions if planner else None,
+        "free": engine.pool.get_num_free_blocks(),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

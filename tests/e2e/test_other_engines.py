@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""Engines of other shapes, each in a process of its own: no policy, and sliding-window layers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from .harness import POLICY, prompt, request, run_elsewhere
+
+pytestmark = pytest.mark.e2e
+
+
+def test_the_plugin_without_a_policy_changes_no_bit(demo_model: Path) -> None:
+    requests = [request(prompt(i, 30 + 40 * i), 40) for i in range(4)]
+    with_plugin = run_elsewhere(demo_model, requests, 100)
+    assert with_plugin["evictions"] is None
+    assert with_plugin == run_elsewhere(demo_model, requests, 100, plugin=False)
+
+
+@pytest.fixture(scope="module")
+def hybrid_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gemma 3 of four layers, every other one with a sliding window of 64 tokens."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        max_position_embeddings=4096,
+        bos_token_id=256,
+        eos_token_id=258,
+        pad_token_id=256,
+    )
+    path = tmp_path_factory.mktemp("hybrid")
+    Gemma3ForCausalLM(config).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model / name, path / name)
+    return path
+
+
+def test_sliding_window_layers_are_left_alone_and_full_ones_evicted(hybrid_model: Path) -> None:
+    short = [request(prompt(i, 60), 100) for i in range(3)]
+    long = [request(prompt(10 + i, 60), 500, kv_budget=128) for i in range(5)]
+    ours = run_elsewhere(hybrid_model, short + long, 200, kv_policy=POLICY)
+    assert [len(output["token_ids"]) for output in ours["outputs"]] == [100] * 3 + [500] * 5
+    # From 64 + 128 + 32 tokens on, one block for every 32 of the rest.
+    assert ours["evictions"] >= 5 * 9
+    assert ours["free"] == 199
+    stock = run_elsewhere(hybrid_model, short, 200, plugin=False)
+    untouched = run_elsewhere(hybrid_model, short, 200, kv_policy=POLICY)
+    assert untouched["evictions"] == 0
+    assert untouched["outputs"] == stock["outputs"]
