@@ -46,18 +46,20 @@ class Scorer:
 
 
 class Step:
-    """An evictor for rings of 4 places, and a forward of 1 + 6 + 2 tokens."""
+    """An evictor for rings of 4 places, and forwards of 1 + 6 + 2 tokens with queries 1, 2, ...."""
 
     def __init__(self) -> None:
         self.log: list[Any] = []
         self.index = RingIndex(4, CPU)
         self.evictor = Evictor(Runner(self.log), Scorer(self.log), self.index)
         self.ring = QueryRing(self.index, 3, 1, 1, torch.float32)
+        self.queries = torch.arange(1.0, 10.0).view(9, 1, 1)
 
     def forward(self) -> None:
         starts = torch.tensor([0, 1, 7, 9])
         self.evictor.begin_forward(SimpleNamespace(query_start_loc_cpu=starts))
-        self.ring.store(torch.arange(1.0, 10.0).view(9, 1, 1))
+        self.ring.store(self.queries)
+        self.queries = self.queries + 9
 
 
 @pytest.fixture
