@@ -438,10 +438,12 @@ adds = st.tuples(
     overrides,
     st.sampled_from([1, 1, 1, 2, 3]),  # siblings
 )
+follows = st.tuples(st.just("follow"), st.integers(0, 20), st.integers(1, 40), overrides)
 operations = st.lists(
     st.one_of(
         adds,
         adds,
+        follows,
         st.tuples(st.just("step"), st.integers(1, 40)),
         st.tuples(st.just("step"), st.integers(1, 40)),
         st.tuples(st.just("abort"), st.integers(0, 20)),
@@ -467,6 +469,12 @@ def play(engine: Engine, stream: list[tuple[Any, ...]]) -> None:
                 engine.step()
         elif name == "reset":
             engine.reset_prefix_cache(preempting=numbers[0])
+        elif added and name == "follow":
+            which, max_tokens, extra = numbers
+            before = engine.requests[added[which % len(added)][0]].all_token_ids
+            arguments = (f"f_{number}", [*before, 1, 2], max_tokens, extra)
+            if engine.add(*arguments):
+                added.append(arguments)
         elif added and name == "abort":
             engine.abort(added[numbers[0] % len(added)][0])
         elif added:
@@ -494,7 +502,7 @@ def simulate(
 random_streams = settings(
     derandomize=True,
     deadline=None,
-    max_examples=200,
+    max_examples=150,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -597,6 +605,24 @@ def test_cached_prefix_larger_than_the_bound_does_not_break_it(
     assert engine.planner.tracks["evicting"].holes == 0
     assert engine.worker.rows["evicting"].num_computed > 16, "nothing of the prefix was used"
     engine.finish()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_next_turn_finds_only_what_was_computed_with_the_full_context(
+    make_engine: MakeEngine, asynchronous: bool
+) -> None:
+    engine = make_engine(asynchronous=asynchronous, pool=80, chunk=64)
+    assert engine.add("turn 1", prompt_of(0, 21), 120, {})
+    engine.finish()
+    evictions = engine.planner.stats.evictions
+    conversation = list(engine.requests["turn 1"].all_token_ids)
+    assert engine.add("turn 2", [*conversation, 1, 2, 3], 8, {"kv_policy": "none"})
+    output = engine.scheduler.schedule()
+    (new,) = output.scheduled_new_reqs
+    # 24 protected tokens, due after 24 more; one more step starts before asynchronous scores come.
+    assert evictions > 5
+    assert new.num_computed_tokens == 48
+    engine.worker.step(output)  # the mirror compares the bytes
 
 
 def test_cached_prompt_is_used_whole_when_it_is_protected(make_engine: MakeEngine) -> None:
