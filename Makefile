@@ -10,6 +10,8 @@ MODEL := build/demo-model
 SERVE_ARGS ?= --kv-policy gkv --kv-budget 256 --kv-interval 64 --max-model-len 4096 \
 	--block-size 32 --num-gpu-blocks-override 320
 TEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 # Nothing but pip talks to the network.
 export HF_HUB_OFFLINE := 1
@@ -41,7 +43,7 @@ $(MODEL)/config.json: scripts/make_demo_model.py $(STAMP)
 	$(BIN)/python scripts/make_demo_model.py $(MODEL)
 
 demo: $(STAMP) $(MODEL)/config.json ## serve the demo model with and without the policy, and compare
-	$(BIN)/python -P -m gkv_vllm.demo
+	$(BIN)/python -P -m gkv_vllm.demo $(DEMO_ARGS)
 
 serve: $(STAMP) $(MODEL)/config.json ## leave a server up on port 8000 (SERVE_ARGS changes its flags)
 	$(BIN)/vllm serve $(MODEL) $(SERVE_ARGS)
@@ -63,8 +65,8 @@ format: $(STAMP) ## let ruff fix what it can
 types: $(STAMP) ## mypy on the package
 	$(BIN)/mypy
 
-bench-cpu: $(STAMP) $(MODEL)/config.json ## stock against policy, same model and pool
-	$(BIN)/python benchmarks/bench_cpu.py
+bench-cpu: $(STAMP) $(MODEL)/config.json ## stock against policy, same model and pool (BENCH_ARGS=--quick: a smoke run)
+	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_ARGS)
 
 clean: ## remove what make created
 	rm -rf $(VENV) build dist *.egg-info packaging/*/build packaging/*/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

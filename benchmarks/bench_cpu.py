@@ -171,6 +171,10 @@ def summarise(results: list[Result], stock: list[Result]) -> dict[str, Any]:
         "preemptions": median(lambda r: r.counters["preemptions"], 0),
         "evictions": median(lambda r: r.counters["evictions"], 0),
         "blocks_freed": median(lambda r: r.counters["blocks_freed"], 0),
+        "cpu_seconds": {
+            process: median(lambda r, name=process: r.cpu_seconds[name])  # type: ignore[misc]
+            for process in results[0].cpu_seconds
+        },
         "ms_per_eviction": round(1000 * seconds / evictions, 3) if evictions else None,
     }
 
@@ -305,8 +309,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Settings, Path]:
     arguments["policies"] = tuple(arguments["policies"].split(","))
     out, quick = arguments.pop("out"), arguments.pop("quick")
     if quick:
-        arguments |= {"requests": 8, "tokens": 400, "pool": 64, "ample_pool": 160, "rounds": 1}
-        arguments |= {"budget": 96, "interval": 32}
+        arguments |= {"requests": 8, "tokens": 400, "pool": 64, "ample_pool": 160, "budget": 96}
+        arguments |= {"interval": 32, "rounds": 1}
     if not (arguments["model"] / "config.json").exists():
         parser.error(f"no model at {arguments['model']}; `make bench-cpu` makes it")
     return Settings(**arguments), out
@@ -324,6 +328,9 @@ def main(argv: list[str] | None = None) -> int:
     except CellFailed as failure:
         print(failure, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was written.", file=sys.stderr)
+        return 130
     numbers = document(settings, measured, facts)
     show(numbers)
     out.mkdir(parents=True, exist_ok=True)

@@ -124,6 +124,8 @@ def run(job: Job, environment: dict[str, str], timeout: float = 1800.0) -> Resul
             )
         try:
             process.communicate(json.dumps(asdict(job)).encode(), timeout)
+        except subprocess.TimeoutExpired:
+            raise CellFailed(f"the measuring process took over {timeout:.0f} s") from None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -14,8 +14,9 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,10 @@ def usable_blocks(metrics: Metrics) -> int:
 # --- the requests --------------------------------------------------------------------------------
 
 
+Ask = Callable[[str, int, str], Awaitable[int]]
+"""`complete`, bound to a client and a model: prompt, tokens, policy."""
+
+
 async def complete(client: AsyncOpenAI, model: str, prompt: str, tokens: int, policy: str) -> int:
     """Stream one completion to its end; how many tokens the server says it has."""
     stream = await client.completions.create(
@@ -154,17 +159,14 @@ async def watch(server: Server, run: Run, before: Metrics, report: Report) -> No
         await asyncio.sleep(SAMPLE_SECONDS)
 
 
-async def measure(
-    server: Server, client: AsyncOpenAI, settings: Settings, policy: str, report: Report
-) -> Run:
+async def measure(server: Server, ask: Ask, settings: Settings, policy: str, report: Report) -> Run:
     """All requests at once, each under this policy."""
-    (model,) = (await client.models.list()).data
     run, before, start = Run(policy), server.metrics(), time.perf_counter()
     watching = asyncio.create_task(watch(server, run, before, report))
     try:
         run.completion_tokens = await asyncio.gather(
             *(
-                complete(client, model.id, PROMPT.format(number=i), settings.tokens, policy)
+                ask(PROMPT.format(number=i), settings.tokens, policy)
                 for i in range(settings.requests)
             )
         )
@@ -204,7 +206,8 @@ async def compare(server: Server, settings: Settings, console: Console) -> list[
         http_client=DefaultAsyncHttpxClient(trust_env=False),
     ) as client:
         (model,) = (await client.models.list()).data
-        await complete(client, model.id, "warm up", 32, settings.policy)
+        ask = partial(complete, client, model.id)
+        await ask("warm up", 32, settings.policy)
         with progress_bars(console) as progress:
             runs = []
             for policy in ("none", settings.policy):
@@ -215,7 +218,7 @@ async def compare(server: Server, settings: Settings, console: Console) -> list[
                 def report(tokens: float, blocks: float, task: Any = task) -> None:
                     progress.update(task, completed=tokens, blocks=round(blocks))
 
-                runs.append(await measure(server, client, settings, policy, report))
+                runs.append(await measure(server, ask, settings, policy, report))
     return runs
 
 
