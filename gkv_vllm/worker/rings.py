@@ -57,7 +57,7 @@ class QueryRing:
             return
         assert self.index.target is not None
         chosen = queries.index_select(0, self.index.source)
-        self.queries.index_copy_(0, self.index.target, chosen.view_as(chosen))
+        self.queries.index_copy_(0, self.index.target, chosen)
 
     def window_of(self, slot: int, num_tokens: int) -> Tensor:
         """The window before position `num_tokens`: [heads, window, head_dim], oldest first."""

@@ -15,8 +15,8 @@ class RunnerAdapter(Protocol):
     def drop_blocks(self, request_id: str, blocks: list[int]) -> None:
         """Null these logical blocks in the request's table, wherever the runner keeps it."""
 
-    def block_ids(self, request_id: str) -> list[int]:
-        """The request's table in logical order, 0 where it has a hole."""
+    def block_ids(self, request_id: str, group: int) -> list[int]:
+        """The request's table in one KV cache group, in logical order, 0 where it has a hole."""
 
     def batch(self) -> dict[str, int]:
         """Request id to row of the step whose inputs are built."""
@@ -42,8 +42,8 @@ class V1Runner:
             if row is not None:
                 self.runner.input_batch.block_table[group].block_table.np[row, blocks] = NULL_BLOCK
 
-    def block_ids(self, request_id: str) -> list[int]:
-        return self.runner.requests[request_id].block_ids[self.group_ids[0]]
+    def block_ids(self, request_id: str, group: int) -> list[int]:
+        return self.runner.requests[request_id].block_ids[group]
 
     def batch(self) -> dict[str, int]:
         return self.runner.input_batch.req_id_to_index

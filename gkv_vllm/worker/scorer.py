@@ -24,6 +24,8 @@ GATHER_BYTES = 64 << 20
 class ScoredLayer:
     """One attention layer as the scorer sees it."""
 
+    group: int
+    """Its KV cache group: layers of different groups keep the same logical blocks elsewhere."""
     kv_cache: Tensor
     ring: QueryRing
     kv_heads: int
@@ -33,6 +35,8 @@ class ScoredLayer:
 
 
 GatherKeys = Callable[[Tensor, Tensor], Tensor]
+BlockTables = Callable[[str, int], list[int]]
+"""A request's block table in a KV cache group, 0 where it has a hole."""
 
 
 class BlockScorer:
@@ -53,54 +57,64 @@ class BlockScorer:
         self.gather_keys = gather_keys
         self.block_size = block_size
         kv_heads = layers[0].kv_heads
-        if any(layer.kv_heads != kv_heads for layer in layers):
-            raise ValueError("evictable layers with different numbers of KV heads")
+        shapes = {(x.kv_heads, x.head_dim, x.scale, x.softcap) for x in layers}
+        if len(shapes) > 1:
+            raise ValueError(
+                "a KV policy scores all full-attention layers together, but they differ in "
+                f"(KV heads, head size, scale, soft cap): {sorted(shapes)}"
+            )
         self.history = torch.zeros(slots, len(layers), kv_heads, max_blocks)
 
     def reset(self, slots: list[int]) -> None:
         """These slots belong to other requests now."""
         self.history[slots] = 0
 
-    def score(
-        self, observed: dict[str, Observation], block_ids: Callable[[str], list[int]]
-    ) -> BlockScores:
-        """Score every observed request. `block_ids`: a request's table, 0 where it has a hole."""
+    def score(self, observed: dict[str, Observation], tables: BlockTables) -> BlockScores:
+        """Score every observed request."""
         started = time.perf_counter()
         scores: dict[str, tuple[int, Sequence[float]]] = {
-            request_id: (seen.epoch, self._score_one(seen, block_ids(request_id)))
+            request_id: (seen.epoch, self._score_one(request_id, seen, tables))
             for request_id, seen in observed.items()
         }
         return BlockScores(scores, time.perf_counter() - started)
 
-    def _score_one(self, seen: Observation, table: list[int]) -> list[float]:
-        used = table[: blocks_for(seen.num_tokens, self.block_size)]
-        live = torch.tensor([i for i, block_id in enumerate(used) if block_id])
-        ids = torch.tensor([block_id for block_id in used if block_id])
-        live_tokens = seen.num_tokens - (len(used) - len(live)) * self.block_size
-        history = self.history[seen.slot]
-        for first, last in self._layer_ranges(len(ids)):
-            view = self._view(first, last, seen, ids, live_tokens, history[first:last, :, live])
-            history[first:last, :, live] = self.policy.score(view)
-        by_block = torch.zeros(len(used))
-        by_block[live] = self.policy.combine(history[:, :, live])
+    def _score_one(self, request_id: str, seen: Observation, tables: BlockTables) -> list[float]:
+        used = blocks_for(seen.num_tokens, self.block_size)
+        first_table = tables(request_id, self.layers[0].group)
+        live = [block for block in range(used) if first_table[block]]  # in every group the same
+        live_tokens = seen.num_tokens - (used - len(live)) * self.block_size
+        history, columns = self.history[seen.slot], torch.tensor(live)
+        for layers in self._layer_ranges(len(live)):
+            table = tables(request_id, self.layers[layers.start].group)
+            ids = torch.tensor([table[block] for block in live])
+            view = self._view(seen, layers, ids, live_tokens, history[layers, :, columns])
+            history[layers, :, columns] = self.policy.score(view)
+        by_block = torch.zeros(used)
+        by_block[columns] = self.policy.combine(history[:, :, columns])
         return by_block.tolist()
 
-    def _layer_ranges(self, num_blocks: int) -> list[tuple[int, int]]:
+    def _layer_ranges(self, num_blocks: int) -> list[slice]:
+        """Runs of layers of one group whose keys fit in GATHER_BYTES."""
         layer = self.layers[0]
         per_layer = 4 * num_blocks * self.block_size * layer.kv_heads * layer.head_dim
-        step = max(1, GATHER_BYTES // max(1, per_layer))
-        return [(i, min(i + step, len(self.layers))) for i in range(0, len(self.layers), step)]
+        most = max(1, GATHER_BYTES // max(1, per_layer))
+        ranges, start = [], 0
+        for i in range(1, len(self.layers) + 1):
+            ends = i == len(self.layers) or self.layers[i].group != self.layers[start].group
+            if ends or i - start == most:
+                ranges.append(slice(start, i))
+                start = i
+        return ranges
 
     def _view(
         self,
-        first: int,
-        last: int,
         seen: Observation,
+        chosen: slice,
         ids: Tensor,
         live_tokens: int,
         history: Tensor,
     ) -> LayerView:
-        layers = self.layers[first:last]
+        layers = self.layers[chosen]
         return LayerView(
             queries=torch.stack([x.ring.window_of(seen.slot, seen.num_tokens) for x in layers]),
             keys=torch.stack([self.gather_keys(x.kv_cache, ids)[:, :live_tokens] for x in layers]),

@@ -101,12 +101,13 @@ class EvictionWorkerMixin(Worker):
         self.evictor = self._build_evictor(kv_cache_config)
 
     def _build_evictor(self, kv_cache_config: KVCacheConfig) -> Evictor:
-        group_ids, names = [], []
+        group_ids: list[int] = []
+        owners: list[tuple[str, int]] = []
         for index, group in enumerate(kv_cache_config.kv_cache_groups):
             members = [n for n in group.layer_names if self._spec_of(group, n) is not None]
             if members:
                 group_ids.append(index)
-                names += [n for n in members if self._owns_cache(n)]
+                owners += [(n, index) for n in members if self._owns_cache(n)]
         runner = V1Runner(self.model_runner, group_ids)
         if not self.policy.needs_queries:
             return Evictor(runner, None, None)
@@ -115,7 +116,7 @@ class EvictionWorkerMixin(Worker):
         ring_index = RingIndex(self.kv_policy.window, self.device)
         scorer = BlockScorer(
             self.policy,
-            [self._scored_layer(name, ring_index, slots) for name in names],
+            [self._scored_layer(*owner, ring_index, slots) for owner in owners],
             cpu_attention.gather_keys,
             slots=slots,
             max_blocks=blocks_for(self.model_config.max_model_len, block_size),
@@ -140,12 +141,13 @@ class EvictionWorkerMixin(Worker):
     def _owns_cache(self, name: str) -> bool:
         return getattr(self._layer(name), "kv_sharing_target_layer_name", None) is None
 
-    def _scored_layer(self, name: str, index: RingIndex, slots: int) -> ScoredLayer:
+    def _scored_layer(self, name: str, group: int, index: RingIndex, slots: int) -> ScoredLayer:
         layer = self._layer(name)
         impl = layer.impl
         ring = QueryRing(index, slots, impl.num_heads, impl.head_size, self.model_config.dtype)
         impl.query_sink = ring
         return ScoredLayer(
+            group=group,
             kv_cache=layer.kv_cache,
             ring=ring,
             kv_heads=impl.num_kv_heads,

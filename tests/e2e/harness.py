@@ -56,10 +56,11 @@ def request(
 
 
 class InProcessEngine:
-    """An `LLM` whose scheduler and worker live in this process."""
+    """An `LLM` whose scheduler and worker live in this process.
+
+    The caller sets ENGINE_ENVIRONMENT first, and takes it back for whoever comes after."""
 
     def __init__(self, model: Path, *, num_blocks: int, kv_policy: dict[str, Any] | None) -> None:
-        os.environ.update(ENGINE_ENVIRONMENT)
         from vllm import LLM
 
         extra = {"additional_config": {"kv_policy": kv_policy}} if kv_policy else {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ import torch
 
 from gkv_vllm.engine.footprint import peak_blocks
 
-from .harness import BLOCK_SIZE, POLICY, InProcessEngine, prompt, request, run_elsewhere
+from .harness import (
+    BLOCK_SIZE,
+    ENGINE_ENVIRONMENT,
+    POLICY,
+    InProcessEngine,
+    prompt,
+    request,
+    run_elsewhere,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -23,8 +32,11 @@ SMALL = {"kv_budget": 96}
 
 
 @pytest.fixture(scope="module")
-def engine(demo_model: Path) -> InProcessEngine:
-    return InProcessEngine(demo_model, num_blocks=NUM_BLOCKS, kv_policy=POLICY)
+def engine(demo_model: Path) -> Iterator[InProcessEngine]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENGINE_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield InProcessEngine(demo_model, num_blocks=NUM_BLOCKS, kv_policy=POLICY)
 
 
 @pytest.fixture(autouse=True)

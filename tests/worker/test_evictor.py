@@ -26,7 +26,7 @@ class Runner:
     def drop_blocks(self, request_id: str, blocks: list[int]) -> None:
         self.log.append(("drop", request_id, blocks))
 
-    def block_ids(self, request_id: str) -> list[int]:
+    def block_ids(self, request_id: str, group: int) -> list[int]:
         return [7, 0, 8]
 
     def batch(self) -> dict[str, int]:
@@ -40,8 +40,8 @@ class Scorer:
     def reset(self, slots: list[int]) -> None:
         self.log.append(("reset", slots))
 
-    def score(self, observed: dict[str, Observation], block_ids: Any) -> BlockScores:
-        self.log.append(("score", list(observed), block_ids("b")))
+    def score(self, observed: dict[str, Observation], tables: Any) -> BlockScores:
+        self.log.append(("score", list(observed), tables("b", 0)))
         return SCORES
 
 

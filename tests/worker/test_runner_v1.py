@@ -69,7 +69,7 @@ def test_dropped_blocks_are_null_in_the_row_and_in_the_state(
     model_runner: SimpleNamespace, adapter: V1Runner
 ) -> None:
     adapter.drop_blocks("ragged", [1, 3])
-    assert adapter.block_ids("ragged") == [11, 0, 13, 0, 15]
+    assert adapter.block_ids("ragged", EVICTABLE) == [11, 0, 13, 0, 15]
     assert row(model_runner, "ragged") == [11, 0, 13, 0, 15, 0, 0, 0]
 
 
@@ -77,7 +77,7 @@ def test_dropping_changes_no_other_request_group_or_length(
     model_runner: SimpleNamespace, adapter: V1Runner
 ) -> None:
     adapter.drop_blocks("ragged", [0, 2])
-    assert adapter.block_ids("short") == [21]
+    assert adapter.block_ids("short", EVICTABLE) == [21]
     assert row(model_runner, "short")[:1] == [21]
     assert row(model_runner, "ragged", SLIDING)[:5] == [111, 112, 113, 114, 115]
     assert model_runner.requests["ragged"].block_ids[SLIDING] == [111, 112, 113, 114, 115]
@@ -132,7 +132,7 @@ def test_a_request_outside_the_batch_keeps_its_holes_for_later(
 ) -> None:
     before = model_runner.input_batch.block_table[EVICTABLE].get_numpy_array().copy()
     adapter.drop_blocks("waiting", [0, 1])
-    assert adapter.block_ids("waiting") == [0, 0, 33]
+    assert adapter.block_ids("waiting", EVICTABLE) == [0, 0, 33]
     assert (model_runner.input_batch.block_table[EVICTABLE].get_numpy_array() == before).all()
     model_runner.input_batch.add_request(model_runner.requests["waiting"])
     assert row(model_runner, "waiting")[:3] == [0, 0, 33]
@@ -140,7 +140,7 @@ def test_a_request_outside_the_batch_keeps_its_holes_for_later(
 
 def test_a_request_that_has_gone_is_ignored(adapter: V1Runner) -> None:
     adapter.drop_blocks("finished", [0, 1])
-    assert adapter.block_ids("ragged") == TABLES["ragged"]
+    assert adapter.block_ids("ragged", EVICTABLE) == TABLES["ragged"]
 
 
 def test_the_batch_is_the_runners_own_order(

@@ -105,7 +105,7 @@ class Paged:
         ]
         layers = [
             ScoredLayer(
-                cache, ring, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5, shape.softcap
+                0, cache, ring, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5, shape.softcap
             )
             for cache, ring in zip(self.caches, rings, strict=True)
         ]
@@ -128,7 +128,7 @@ class Paged:
 
     def score(self, scorer: BlockScorer, slot: int = SLOT) -> Tensor:
         seen = Observation(slot=slot, epoch=5, num_tokens=self.shape.tokens)
-        found = scorer.score({"r": seen}, lambda _: self.table)
+        found = scorer.score({"r": seen}, lambda _, group: self.table)
         epoch, scores = found.scores["r"]
         assert epoch == 5
         assert found.seconds > 0
@@ -316,22 +316,41 @@ def test_requests_of_one_step_do_not_see_each_other() -> None:
     paged.record(scorer, 2)
     shorter = Observation(slot=2, epoch=0, num_tokens=shape.tokens - shape.block_size)
     whole = Observation(slot=SLOT, epoch=0, num_tokens=shape.tokens)
-    together = scorer.score({"a": shorter, "b": whole}, lambda _: paged.table).scores
+    together = scorer.score({"a": shorter, "b": whole}, lambda _, group: paged.table).scores
     scorer.reset([SLOT, 2])
     for name, seen in (("a", shorter), ("b", whole)):
-        alone = scorer.score({name: seen}, lambda _: paged.table).scores
+        alone = scorer.score({name: seen}, lambda _, group: paged.table).scores
         assert alone[name] == together[name]
 
 
 # ---- what it costs
 
 
-def test_layers_must_have_the_same_heads() -> None:
+@pytest.mark.parametrize("name", ["kv_heads", "head_dim", "scale", "softcap"])
+def test_layers_must_be_alike(name: str) -> None:
     paged = Paged(SHAPES["holes"])
     layers = paged.scorer(GKV()).layers
-    layers[1].kv_heads += 1
-    with pytest.raises(ValueError, match="different numbers of KV heads"):
+    setattr(layers[1], name, getattr(layers[1], name) + 1)
+    with pytest.raises(ValueError, match="they differ in"):
         BlockScorer(GKV(), layers, gather_keys, slots=1, max_blocks=4, block_size=32)
+
+
+@shapes
+def test_layers_of_another_group_are_read_through_their_own_table(shape: Shape) -> None:
+    paged = Paged(shape)
+    scorer = paged.scorer(GKV())
+    together = paged.score(scorer)
+    # The last layer moves to group 1, whose table names other blocks of the pool.
+    pool = len(paged.caches[-1])
+    moved = {block: pool - block for block in range(1, pool)}
+    last = scorer.layers[-1]
+    order = [0, *(pool - block for block in range(1, pool))]
+    last.group, last.kv_cache = 1, last.kv_cache[order].contiguous()
+    tables = {0: paged.table, 1: [moved.get(block, 0) for block in paged.table]}
+    scorer.reset([SLOT])
+    seen = Observation(slot=SLOT, epoch=5, num_tokens=shape.tokens)
+    _, scores = scorer.score({"r": seen}, lambda _, group: tables[group]).scores["r"]
+    assert torch.equal(torch.tensor(scores), together)
 
 
 @shapes
