@@ -124,6 +124,12 @@ _ENGINE = [
         ("self", "scheduler_output", "model_runner_output"),
     ),
     Touch(
+        f"{_SCHEDULER}._get_local_prefix_cache_hit",
+        "a cached prefix deeper than the bound would be held, and its last queries never seen",
+        "vLLM lets a manager limit a hit per request",
+        ("self", "request"),
+    ),
+    Touch(
         f"{_SCHEDULER}._preempt_request",
         "a preemption starts a new epoch",
         "vLLM announces preemptions",

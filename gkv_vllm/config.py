@@ -33,7 +33,7 @@ def unknown_key(what: str, key: object, valid: Iterable[str]) -> str:
     return f"unknown {what} {key!r}; {hint}valid: {', '.join(names)}"
 
 
-def blocks(tokens: int, block_size: int) -> int:
+def blocks_for(tokens: int, block_size: int) -> int:
     """How many blocks hold this many tokens."""
     return -(-tokens // block_size)
 
@@ -186,7 +186,7 @@ class KVPolicyConfig:
 
     def _floor(self, block_size: int) -> int:
         """The smallest budget that holds the window and one more block."""
-        return blocks(self.window, block_size) * block_size + 1
+        return blocks_for(self.window, block_size) * block_size + 1
 
     def check_block_size(self, block_size: int) -> None:
         """Raise unless every budget that can be asked for holds the window and one more block."""
@@ -194,10 +194,10 @@ class KVPolicyConfig:
         for name, value in (("budget", self.budget), ("min_budget", self.min_budget)):
             if value is not None and value < floor:
                 raise ConfigError(
-                    f"kv_policy {name}={value} fits in {blocks(value, block_size)} block(s) of "
+                    f"kv_policy {name}={value} fits in {blocks_for(value, block_size)} block(s) of "
                     f"{block_size} tokens, but window={self.window} and one more block need "
-                    f"{blocks(floor, block_size)}; raise {name} to at least {floor} or lower the "
-                    "block size"
+                    f"{blocks_for(floor, block_size)}; raise {name} to at least {floor} or lower "
+                    "the block size"
                 )
 
     def for_request(

@@ -184,7 +184,7 @@ def _toy(policy: str) -> tuple[Any, Any]:
 
 def _test_planner() -> str:
     """A request of 6 prompt tokens decodes to 200 and never holds more than its bound."""
-    from gkv_vllm.config import blocks
+    from gkv_vllm.config import blocks_for
     from gkv_vllm.engine.footprint import peak_blocks
 
     planner, config = _toy("recency")
@@ -197,7 +197,7 @@ def _test_planner() -> str:
     for num_tokens in range(6, 201):
         gone.update(planner.evictions().get("toy", ()))
         planner.plan([("toy", num_tokens)])
-        held = blocks(num_tokens, 4) - len(gone)
+        held = blocks_for(num_tokens, 4) - len(gone)
         _expect(held <= bound, f"{held} blocks held at {num_tokens} tokens, bound {bound}")
     _expect(bool(gone) and min(gone) == 2, f"protected blocks 0 and 1 must stay, gone: {gone}")
     kept = sorted(set(range(50)) - gone)

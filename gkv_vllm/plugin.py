@@ -237,11 +237,11 @@ def problems_of(vllm_config: Any, config: KVPolicyConfig) -> list[str]:
 
 def _check_pool(vllm_config: Any, config: KVPolicyConfig) -> None:
     """Raise when the pool's size is given and cannot hold one request over its budget."""
-    from gkv_vllm.config import ConfigError, blocks
+    from gkv_vllm.config import ConfigError, blocks_for
 
     pool = vllm_config.cache_config.num_gpu_blocks_override
     block_size = vllm_config.cache_config.block_size
-    needed = blocks(config.budget, block_size) + blocks(config.interval, block_size)
+    needed = blocks_for(config.budget, block_size) + blocks_for(config.interval, block_size)
     # Block 0 is vLLM's null block.
     if pool is not None and needed > pool - 1:
         raise ConfigError(

@@ -14,7 +14,7 @@ from gkv_vllm.config import (
     ConfigError,
     KVPolicyConfig,
     RequestPolicy,
-    blocks,
+    blocks_for,
 )
 
 SERVER = KVPolicyConfig(
@@ -165,7 +165,7 @@ def test_impossible_combinations_are_refused_with_the_numbers(raw, numbers):
 def test_budget_holds_the_window_and_one_more_block(block_size, window):
     for budget in range(window, 3 * block_size + 2 * window):
         config = KVPolicyConfig(policy="gkv", budget=budget, window=window)
-        if blocks(budget, block_size) >= 1 + blocks(window, block_size):
+        if blocks_for(budget, block_size) >= 1 + blocks_for(window, block_size):
             config.check_block_size(block_size)
         else:
             with pytest.raises(ConfigError, match=f"budget={budget} .* raise budget to at least"):

@@ -35,7 +35,8 @@ class GKVBlockManager(FullAttentionManager):
     def evict(self, request_id: str, blocks: Sequence[int], exact_tokens: int) -> int:
         """Return these logical blocks of a running request to the pool, leaving holes.
 
-        Safe for blocks that no step in flight will write. Evicting a hole does nothing.
+        Safe while no step that is scheduled later writes them: whoever gets such a block writes
+        it in a later step, and steps run in order. Evicting a hole does nothing.
         `exact_tokens`: how many leading tokens are computed, or scheduled, with the full context;
         of the rest nothing enters the prefix cache, as it saw a reduced context.
         Returns how many blocks became free (a shared block only loses one reference)."""

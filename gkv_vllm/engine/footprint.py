@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-from gkv_vllm.config import RequestPolicy
-from gkv_vllm.config import blocks as blocks_for
+from gkv_vllm.config import RequestPolicy, blocks_for
 
 
 def protected_blocks(protect: str, prompt_tokens: int, block_size: int) -> int:

@@ -26,38 +26,45 @@ def in_flight_tokens(vllm_config: VllmConfig) -> int:
     return (2 * vllm_config.max_concurrent_batches - 1) * chunk
 
 
+@dataclass(frozen=True)
+class RequestBound:
+    """What bounds a request with the server's settings, in tokens: good for any block size."""
+
+    protect: str
+    prompt_tokens: int
+    budget: int
+    interval: int
+
+    def blocks(self, in_flight_tokens: int, block_size: int) -> int:
+        """The most blocks such a request holds."""
+        protected = protected_blocks(self.protect, self.prompt_tokens, block_size)
+        due = due_tokens(self.budget, self.interval, block_size)
+        return bounded_blocks(protected, due, in_flight_tokens, block_size)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GKVSpec(FullAttentionSpec):
     """Full attention over a table with holes: same pages, bounded number of them per request."""
 
-    protected: int | None = None
-    """Protected blocks of a request with a prompt of `reserve_prompt` tokens; None: no bound."""
-    due: int = 0
-    """Unprotected tokens at which a request with the server's budget is due."""
+    bound: RequestBound | None = None
 
     @classmethod
     def from_full_attention(cls, spec: FullAttentionSpec, config: KVPolicyConfig) -> Self:
         """The same pages as `spec`, bounded by the server's settings."""
         inherited = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
-        return cls(
-            **inherited,
-            protected=protected_blocks(config.protect, config.reserved_prompt, spec.block_size),
-            due=due_tokens(config.budget, config.interval, spec.block_size),
-        )
+        bound = RequestBound(config.protect, config.reserved_prompt, config.budget, config.interval)
+        return cls(**inherited, bound=bound)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of the most blocks a request holds: makes "Maximum concurrency" true."""
         whole = super().max_memory_usage_bytes(vllm_config)
-        if self.protected is None:
+        if self.bound is None:
             return whole
-        bound = bounded_blocks(
-            self.protected, self.due, in_flight_tokens(vllm_config), self.block_size
-        )
-        return min(whole, bound * self.page_size_bytes)
+        blocks = self.bound.blocks(in_flight_tokens(vllm_config), self.block_size)
+        return min(whole, blocks * self.page_size_bytes)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
         """One spec for all layers of a group (vLLM's merge, which knows only its own fields)."""
         assert all(isinstance(spec, GKVSpec) for spec in specs), "evictable and other layers mixed"
-        first = specs[0]
-        return replace(super().merge(specs), protected=first.protected, due=first.due)
+        return replace(super().merge(specs), bound=specs[0].bound)

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from gkv_vllm.config import KVPolicyConfig
 from gkv_vllm.engine.block_manager import GKVBlockManager, register_spec
-from gkv_vllm.engine.footprint import bounded_blocks
+from gkv_vllm.engine.footprint import blocks_for, bounded_blocks
 from gkv_vllm.engine.spec import GKVSpec, in_flight_tokens
 
 BLOCK, POOL = 4, 21
@@ -286,7 +286,8 @@ def test_spec_carries_the_servers_bound(protect: str, reserve: int | None, prote
     stock = FullAttentionSpec(block_size=4, num_kv_heads=2, head_size=63, dtype=torch.bfloat16)
     config = KVPolicyConfig(**POLICY, protect=protect, reserve_prompt=reserve)
     spec = GKVSpec.from_full_attention(stock, config)
-    assert (spec.protected, spec.due) == (protected, 24)
+    assert spec.bound is not None
+    assert spec.bound.blocks(1, spec.block_size) == protected + blocks_for(24, 4)
     assert spec.page_size_bytes == stock.page_size_bytes
 
 
@@ -312,7 +313,9 @@ def test_other_block_size_keeps_class_and_settings(spec: GKVSpec) -> None:
     assert spec.copy_with_new_block_size(spec.block_size) == spec
     other = spec.copy_with_new_block_size(2)
     assert type(other) is GKVSpec
-    assert (other.block_size, other.due) == (2, spec.due)
+    assert other.bound == spec.bound
+    # The same tokens in blocks half as large.
+    assert other.bound.blocks(1, other.block_size) == 2 * spec.bound.blocks(1, spec.block_size)
 
 
 def test_spec_keeps_every_field_of_the_stock_spec() -> None:
@@ -356,5 +359,5 @@ def test_memory_of_short_requests_is_that_of_stock_vllm(
 def test_spec_without_a_bound_counts_as_stock(
     spec: GKVSpec, vllm_config: Callable[..., Any]
 ) -> None:
-    unbound = replace(spec, protected=None)
+    unbound = replace(spec, bound=None)
     assert unbound.max_memory_usage_bytes(vllm_config(POLICY)) == 128 * spec.page_size_bytes
