@@ -165,6 +165,7 @@ def summarise(results: list[Result], stock: list[Result]) -> dict[str, Any]:
         "seconds": median(lambda r: r.seconds, 2),
         "steps": median(lambda r: len(r.steps), 0),
         "ms_per_step": median(lambda r: 1000 * r.seconds / len(r.steps), 2),
+        "ms_per_step_median": median(lambda r: 1000 * r.median_step(), 2),
         "requests_running_mean": median(lambda r: r.time_mean("running")),
         "blocks_peak": median(lambda r: r.peak_blocks, 0),
         "blocks_mean": median(lambda r: r.time_mean("blocks")),
@@ -266,6 +267,7 @@ def sentences(numbers: dict[str, Any]) -> list[str]:
     stock, mine = bound[STOCK], bound["policy"]
     running = {side: small[side]["requests_running_mean"] for side in (STOCK, policy)}
     roof = ample[policy]["tokens_per_second"]
+    idle = ample[NOT_DUE]
     return [
         f"Concurrency bound: a request holds at most {mine['peak_blocks']} blocks with the policy "
         f"and {stock['peak_blocks']} without, so {mine['fit_by_peak']} and {stock['fit_by_peak']} "
@@ -276,9 +278,10 @@ def sentences(numbers: dict[str, Any]) -> list[str]:
         f"Speed bound: with blocks for everyone the policy makes {roof:,.0f} tok/s; memory-bound "
         f"it reaches {100 * small[policy]['tokens_per_second'] / roof:.0f} % of that, stock "
         f"{100 * small[STOCK]['tokens_per_second'] / roof:.0f} %.",
-        f"Step overhead when nothing is due: {NOT_DUE.partition(',')[0]} runs at "
-        f"{ample[NOT_DUE]['ratio_to_stock']:.3f} of stock (rounds: "
-        f"{', '.join(f'{ratio:.3f}' for ratio in ample[NOT_DUE]['ratio_per_round'])}).",
+        f"Step overhead when nothing is due: {idle['ratio_to_stock']:.3f} of the speed of stock "
+        f"(rounds: {', '.join(f'{ratio:.3f}' for ratio in idle['ratio_per_round'])}); the median "
+        f"step takes {idle['ms_per_step_median']} ms, {ample[STOCK]['ms_per_step_median']} ms in "
+        "stock.",
     ]
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -96,6 +97,11 @@ class Result:
     @property
     def peak_blocks(self) -> int:
         return round(max(step.blocks for step in self.steps))
+
+    def median_step(self) -> float:
+        """Seconds; what else the machine does in bursts hardly moves it."""
+        pairs = zip(self.steps, self.steps[1:], strict=False)
+        return statistics.median(after.seconds - step.seconds for step, after in pairs)
 
     def time_mean(self, what: str) -> float:
         """Mean over time of a field of `Step`."""
