@@ -21,7 +21,7 @@ import cell
 import machine
 from cell import CellFailed, Job, Result
 
-from gkv_vllm.config import blocks as blocks_for
+from gkv_vllm.config import blocks_for
 from gkv_vllm.engine.footprint import due_tokens, protected_blocks
 
 STOCK = "stock"

@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     settings, as_json = parse_args(argv)
     console = Console(stderr=as_json)
     # A terminated demo stops its server the way Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         runs = run_demo(settings, console)
     except KeyboardInterrupt:
