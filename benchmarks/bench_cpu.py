@@ -81,7 +81,9 @@ class Settings:
             return None
         if side == NOT_DUE:
             return {"policy": "gkv", "budget": self.max_model_len, "interval": self.interval}
-        return {"policy": side, "budget": self.budget, "interval": self.interval}
+        name, protect = policy_and_protect(side)
+        settings = {"policy": name, "budget": self.budget, "interval": self.interval}
+        return {**settings, "protect": protect}
 
     def cases(self) -> dict[str, tuple[int, tuple[str, ...]]]:
         """Name of each case: blocks in the pool, and the sides."""
@@ -89,6 +91,12 @@ class Settings:
             "memory-bound": (self.pool, (STOCK, *self.policies)),
             "ample": (self.ample_pool, (STOCK, *self.policies, NOT_DUE)),
         }
+
+
+def policy_and_protect(side: str) -> tuple[str, str]:
+    """`gkv` protects the prompt, which is the default; `gkv/none` is gkv with protect=none."""
+    name, _, protect = side.partition("/")
+    return name, protect or "prompt"
 
 
 Measurements = dict[tuple[str, str], list[Result]]
@@ -112,16 +120,17 @@ def measure_all(settings: Settings, say: Callable[[str], None]) -> Measurements:
 # --- arithmetic: what memory allows --------------------------------------------------------------
 
 
-def held_blocks(settings: Settings, *, evict: bool) -> Iterator[int]:
+def held_blocks(settings: Settings, side: str) -> Iterator[int]:
     """Blocks that one undisturbed request holds after each of its decode steps.
 
     The planner's rules (docs/design.md), without the steps that scores take to arrive."""
     size, holes = settings.block_size, 0
-    protected = protected_blocks("prompt", settings.prompt_tokens, size)
+    protect = policy_and_protect(side)[1]
+    protected = protected_blocks(protect, settings.prompt_tokens, size)
     due = due_tokens(settings.budget, settings.interval, size)
     for n in range(settings.prompt_tokens + 1, settings.prompt_tokens + settings.tokens + 1):
         yield blocks_for(n, size) - holes
-        if evict and n - (protected + holes) * size >= due:
+        if side != STOCK and n - (protected + holes) * size >= due:
             holes = blocks_for(n, size) - protected - blocks_for(settings.budget, size)
 
 
@@ -129,8 +138,8 @@ def concurrency(settings: Settings) -> dict[str, Any]:
     """How many requests fit into the small pool, by the peak and by the mean of what they hold."""
     usable = settings.pool - 1
     answer: dict[str, Any] = {}
-    for side, evict in ((STOCK, False), ("policy", True)):
-        held = list(held_blocks(settings, evict=evict))
+    for side in (STOCK, *settings.policies):
+        held = list(held_blocks(settings, side))
         mean = statistics.fmean(held)
         answer[side] = {
             "peak_blocks": max(held),
@@ -138,10 +147,10 @@ def concurrency(settings: Settings) -> dict[str, Any]:
             "fit_by_peak": round(usable / max(held), 2),
             "fit_by_mean": round(min(settings.requests, usable / mean), 2),
         }
-    for key in ("fit_by_peak", "fit_by_mean"):
-        answer[f"ratio_{key.removeprefix('fit_')}"] = round(
-            min(settings.requests, answer["policy"][key]) / answer[STOCK][key], 2
-        )
+    for bound in answer.values():
+        for key in ("peak", "mean"):
+            fit = min(settings.requests, bound[f"fit_by_{key}"])
+            bound[f"ratio_by_{key}"] = round(fit / answer[STOCK][f"fit_by_{key}"], 2)
     return answer
 
 
@@ -260,28 +269,33 @@ def formatted(value: float | None) -> str:
 
 
 def sentences(numbers: dict[str, Any]) -> list[str]:
-    """The bounds, and how far the first policy is from them."""
-    bound = numbers["concurrency_bound"]
-    small, ample = (numbers["cases"][name]["sides"] for name in ("memory-bound", "ample"))
-    policy = numbers["settings"]["policies"][0]
-    stock, mine = bound[STOCK], bound["policy"]
-    running = {side: small[side]["requests_running_mean"] for side in (STOCK, policy)}
-    roof = ample[policy]["tokens_per_second"]
+    """The bounds, and how far each policy is from them."""
+    ample = numbers["cases"]["ample"]["sides"]
     idle = ample[NOT_DUE]
     return [
-        f"Concurrency bound: a request holds at most {mine['peak_blocks']} blocks with the policy "
-        f"and {stock['peak_blocks']} without, so {mine['fit_by_peak']} and {stock['fit_by_peak']} "
-        f"fit for sure: {bound['ratio_by_peak']}x. On average over its life it holds "
-        f"{mine['mean_blocks']} and {stock['mean_blocks']}: {bound['ratio_by_mean']}x.",
-        f"Measured: {running[policy]} and {running[STOCK]} requests ran together, "
-        f"{running[policy] / running[STOCK]:.2f}x.",
-        f"Speed bound: with blocks for everyone the policy makes {roof:,.0f} tok/s; memory-bound "
-        f"it reaches {100 * small[policy]['tokens_per_second'] / roof:.0f} % of that, stock "
-        f"{100 * small[STOCK]['tokens_per_second'] / roof:.0f} %.",
+        *(line for policy in numbers["settings"]["policies"] for line in bounds(numbers, policy)),
         f"Step overhead when nothing is due: {idle['ratio_to_stock']:.3f} of the speed of stock "
         f"(rounds: {', '.join(f'{ratio:.3f}' for ratio in idle['ratio_per_round'])}); the median "
         f"step takes {idle['ms_per_step_median']} ms, {ample[STOCK]['ms_per_step_median']} ms in "
         "stock.",
+    ]
+
+
+def bounds(numbers: dict[str, Any], policy: str) -> list[str]:
+    small, ample = (numbers["cases"][name]["sides"] for name in ("memory-bound", "ample"))
+    stock, mine = numbers["concurrency_bound"][STOCK], numbers["concurrency_bound"][policy]
+    running = {side: small[side]["requests_running_mean"] for side in (STOCK, policy)}
+    roof = ample[policy]["tokens_per_second"]
+    return [
+        f"{policy}, concurrency bound: a request holds at most {mine['peak_blocks']} blocks, "
+        f"{stock['peak_blocks']} in stock, so {mine['fit_by_peak']} and {stock['fit_by_peak']} "
+        f"fit for sure: {mine['ratio_by_peak']}x. On average over its life it holds "
+        f"{mine['mean_blocks']} and {stock['mean_blocks']}: {mine['ratio_by_mean']}x. Measured: "
+        f"{running[policy]} and {running[STOCK]} ran together, "
+        f"{running[policy] / running[STOCK]:.2f}x.",
+        f"{policy}, speed bound: with blocks for everyone it makes {roof:,.0f} tok/s; memory-bound "
+        f"it reaches {100 * small[policy]['tokens_per_second'] / roof:.0f} % of that, stock "
+        f"{100 * small[STOCK]['tokens_per_second'] / roof:.0f} %.",
     ]
 
 
@@ -300,7 +314,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Settings, Path]:
     parser.add_argument("--pool", type=int, default=320, help="blocks, memory-bound case")
     parser.add_argument("--ample-pool", type=int, default=2400, help="blocks, ample case")
     parser.add_argument(
-        "--policies", default="gkv", help="names, first the one that the sentences are about"
+        "--policies", default="gkv,gkv/none", help="names; NAME/MODE sets what is protected"
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(

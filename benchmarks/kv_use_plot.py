@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 # Okabe and Ito's palette; the lines also differ in width and have their names beside them.
-INK, STOCK_COLOUR, POLICY_COLOUR, POOL_COLOUR = "#222222", "#D55E00", "#0072B2", "#777777"
+INK, STOCK_COLOUR, POOL_COLOUR = "#222222", "#D55E00", "#777777"
+POLICY_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00")
 
 
 def draw(numbers: dict[str, Any], path: Path) -> None:
@@ -23,21 +24,22 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    policy = numbers["settings"]["policies"][0]
+    policies = numbers["settings"]["policies"]
     cases = numbers["cases"]
     with pyplot.rc_context({"font.size": 10, "axes.edgecolor": POOL_COLOUR, "text.color": INK}):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        _panel(left, cases["ample"], policy, "blocks", "KV blocks in use")
+        _panel(left, cases["ample"], policies, "blocks", "KV blocks in use")
         left.set_title(f"Ample pool ({cases['ample']['pool_blocks']:,} blocks)", loc="left")
-        _panel(right, cases["memory-bound"], policy, "running", "requests running together")
+        _panel(right, cases["memory-bound"], policies, "running", "requests running together")
         right.set_title(f"Small pool ({cases['memory-bound']['pool_blocks']:,} blocks)", loc="left")
         figure.suptitle(_title(numbers), x=0.01, ha="left", fontsize=10)
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
 
 
-def _panel(axes: Any, case: dict[str, Any], policy: str, what: str, label: str) -> None:
-    sides = (("stock", STOCK_COLOUR, 1.5, "stock vLLM"), (policy, POLICY_COLOUR, 2.2, policy))
+def _panel(axes: Any, case: dict[str, Any], policies: list[str], what: str, label: str) -> None:
+    sides = [("stock", STOCK_COLOUR, 1.5, "stock vLLM")]
+    sides += [(p, colour, 2.2, p) for p, colour in zip(policies, POLICY_COLOURS, strict=False)]
     for side, colour, width, name in sides:
         cells = case["sides"][side]
         lines = cells["series_of_first_round"]
