@@ -213,6 +213,21 @@ _WORKER = [
     ]
 ] + [
     Touch(
+        "vllm.v1.worker.gpu_input_batch:CachedRequestState",
+        "holes are nulled in the table that the V1 runner rebuilds its rows from",
+        "the runner takes block drops from the scheduler",
+        ("block_ids",),
+    ),
+    Touch(
+        "vllm.v1.attention.backend:CommonAttentionMetadata",
+        "its tables and lengths are replaced by live ones",
+        "vLLM builds live block tables",
+        (
+            *("query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "max_seq_len"),
+            *("block_table_tensor", "_num_computed_tokens_cache"),
+        ),
+    ),
+    Touch(
         f"{_CPU_ATTN}:CPUAttentionBackend",
         "we subclass it to skip holes",
         "vLLM builds live block tables",
