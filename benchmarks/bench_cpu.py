@@ -35,6 +35,11 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+IN_PROCESS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # As many as vLLM binds on two cores; in one process it would not bind them.
+    "OMP_NUM_THREADS": "1",
+}
 SERIES_POINTS = 300
 
 
@@ -54,6 +59,11 @@ class Settings:
     policies: tuple[str, ...]
     rounds: int
     eager: bool
+    in_process: bool
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return ENVIRONMENT | (IN_PROCESS if self.in_process else {})
 
     @property
     def max_model_len(self) -> int:
@@ -108,7 +118,7 @@ def measure_all(settings: Settings, say: Callable[[str], None]) -> Measurements:
     for round_ in range(settings.rounds):
         for case, (blocks, sides) in settings.cases().items():
             for side in sides if round_ % 2 == 0 else reversed(sides):
-                result = cell.run(settings.job(blocks, side), ENVIRONMENT)
+                result = cell.run(settings.job(blocks, side), settings.environment)
                 measurements.setdefault((case, side), []).append(result)
                 say(
                     f"round {round_ + 1}/{settings.rounds}  {case:<12}  {side:<14}  "
@@ -217,7 +227,7 @@ def document(settings: Settings, measured: Measurements, facts: dict[str, Any]) 
     }
     asked = {**asdict(settings), "max_model_len": settings.max_model_len}
     asked["model"] = settings.model.name
-    asked["environment"] = ENVIRONMENT
+    asked["environment"] = settings.environment
     return {
         "machine": facts,
         "settings": asked,
@@ -319,6 +329,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[Settings, Path]:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--compile", dest="eager", action="store_false", help="torch.compile, on both sides"
+    )
+    parser.add_argument(
+        "--in-process",
+        action="store_true",
+        help="engine core and worker in the process of the front end, on both sides",
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run: few tokens, one round")
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks/results/cpu")
