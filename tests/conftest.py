@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# As in the Makefile, so that a bare pytest does the same.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # Before torch is imported. With more threads than free cores, OpenMP's busy waiting makes the
 # in-process engine twenty times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

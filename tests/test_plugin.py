@@ -33,6 +33,12 @@ ON_ACTIVATION = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """Offline, vLLM looks for the default model's snapshot; most tests here name no model."""
+    monkeypatch.setattr("vllm.engine.arg_utils.get_model_path", lambda model, revision: model)
+
+
 @pytest.fixture(scope="module")
 def parser():
     plugin.register()

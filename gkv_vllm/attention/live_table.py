@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,20 +26,20 @@ class LiveTable(NamedTuple):
 def squeeze(block_table: Tensor, seq_lens: Tensor, block_size: int) -> LiveTable:
     """Drop the null entries of each row and shorten its length by one block for each.
 
-    block_table [requests, width] int32 and seq_lens [requests] int32 stay as they are; without
-    holes they are returned themselves. Holes never include a row's last block, so the tail of
-    a row stays its tail, and causal attention over the live table is exact over what survived."""
-    used_blocks = (seq_lens + (block_size - 1)) // block_size
-    width = int(used_blocks.max()) if len(used_blocks) else 0
-    table = block_table[:, :width]
-    used = torch.arange(width, device=table.device) < used_blocks.unsqueeze(1)
-    live = used & (table != NULL_BLOCK)
-    holes = used_blocks - live.sum(1)
+    block_table [requests, width] int32 and seq_lens [requests] int32, both on the CPU, stay as they
+    are; without holes they are returned themselves. Holes never include a row's last block, so the
+    tail of a row stays its tail, and causal attention over the live table is exact over what
+    survived. In NumPy: on tables of this size a torch call costs more than its work."""
+    lengths = seq_lens.numpy()
+    used = -(-lengths // block_size)
+    columns = np.arange(used.max(initial=0))
+    rows = block_table.numpy()[:, : len(columns)]
+    live = (rows != NULL_BLOCK) & (columns < used[:, None])
+    live_blocks = live.sum(1)
+    holes = used - live_blocks
     if not holes.any():
         return LiveTable(block_table, seq_lens)
-    # Every live entry moves left by the holes before it; the rest goes to a column that is cut off.
-    column = torch.where(live, live.cumsum(1) - 1, width)
-    squeezed = table.new_zeros(table.shape[0], width + 1).scatter_(1, column, table)
-    return LiveTable(
-        squeezed[:, :width].contiguous(), (seq_lens - holes * block_size).to(seq_lens.dtype)
-    )
+    squeezed = np.zeros_like(rows)
+    squeezed[columns < live_blocks[:, None]] = rows[live]
+    live_lengths = (lengths - holes * block_size).astype(lengths.dtype)
+    return LiveTable(torch.from_numpy(squeezed), torch.from_numpy(live_lengths))
