@@ -100,6 +100,17 @@ def _no_full_attention(config: Any) -> bool:
     return bool(kinds) and not model.disable_sliding_window and kinds <= _PARTIAL_LAYERS
 
 
+def _unified_partial_layers(config: Any) -> bool:
+    """Whether vLLM would put windowed layers into one group with full ones, holes and all."""
+    if not config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return False
+    text, model = config.model_config.hf_text_config, config.model_config
+    kinds = set(getattr(text, "layer_types", None) or ())
+    windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    chunked = getattr(text, "attention_chunk_size", None)
+    return bool(chunked or (kinds & _PARTIAL_LAYERS or windowed) and not model.disable_sliding_window)
+
+
 def _other_device(config: Any) -> bool:
     return config.device_config.device_type != "cpu"
 
@@ -206,6 +217,19 @@ REFUSALS: list[Refusal] = [
         lambda config: config.cache_config.kv_sharing_fast_prefill,
         "fast prefill of KV-sharing layers, which skips the queries that score",
         "remove --kv-sharing-fast-prefill",
+    ),
+    Refusal(
+        "windowed or chunked layers with the hybrid KV cache manager off",
+        _unified_partial_layers,
+        "windowed or chunked layers while the hybrid KV cache manager is off, which puts them into "
+        "one group with full attention",
+        "remove --disable-hybrid-kv-cache-manager",
+    ),
+    Refusal(
+        "Mamba and linear-attention hybrids",
+        lambda config: config.model_config.is_hybrid,
+        "Mamba or linear-attention layers yet",
+        "use a model of attention layers",
     ),
     Refusal(
         "custom schedulers",

@@ -120,5 +120,11 @@ def pool_blocks(vllm_config: Any) -> int | None:
     total = vllm_config.cache_config.num_gpu_blocks
     if not total:
         return None
-    # vLLM sums over data-parallel engines; each keeps one null block.
-    return total // vllm_config.parallel_config.data_parallel_size - 1
+    # vLLM sums over the engines that this client manages; each keeps one null block.
+    parallel = vllm_config.parallel_config
+    engines = parallel.data_parallel_size
+    if parallel.local_engines_only:
+        engines = parallel.data_parallel_size_local
+    if parallel.data_parallel_rank_local is not None:
+        engines = 1  # offline SPMD: one engine per process
+    return total // engines - 1

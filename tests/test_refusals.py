@@ -32,7 +32,9 @@ def healthy():
             kv_offloading_size=None,
             kv_sharing_fast_prefill=False,
         ),
-        scheduler_config=SimpleNamespace(scheduler_cls=None),
+        scheduler_config=SimpleNamespace(
+            scheduler_cls=None, disable_hybrid_kv_cache_manager=False
+        ),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=1,
             pipeline_parallel_size=1,
@@ -52,6 +54,7 @@ def healthy():
             rswa_window=None,
             disable_sliding_window=False,
             hf_text_config=SimpleNamespace(),
+            is_hybrid=False,
         ),
     )
 
@@ -95,6 +98,12 @@ SPOILT = [
         True,
         "fast prefill of KV-sharing models",
         "--kv-sharing-fast-prefill",
+    ),
+    (
+        "model_config.is_hybrid",
+        True,
+        "Mamba and linear-attention hybrids",
+        "Mamba or linear-attention layers",
     ),
     ("scheduler_config.scheduler_cls", "a.B", "custom schedulers", "the scheduler a.B"),
     ("parallel_config.worker_cls", "a.W", "custom workers", "the worker a.W"),

@@ -45,7 +45,8 @@ class GKVBlockManager(FullAttentionManager):
         for index in blocks:
             held[index] = self._null_block
         self._exact_tokens.setdefault(request_id, exact_tokens)
-        self.block_pool.free_blocks(leaving)
+        # As vLLM does, the tail first: a cached block is of use only behind its predecessors.
+        self.block_pool.free_blocks(reversed(leaving))
         return sum(block.ref_cnt == 0 for block in leaving)
 
     def get_num_blocks_to_allocate(

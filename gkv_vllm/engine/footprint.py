@@ -24,8 +24,8 @@ def due_tokens(budget: int, interval: int, block_size: int) -> int:
 def bounded_blocks(protected: int, due: int, in_flight_tokens: int, block_size: int) -> int:
     """The most blocks an evicting request holds.
 
-    One token short of being due, it takes one more step; with asynchronous scheduling a second one
-    starts before the scores of the first arrive. `in_flight_tokens` counts both."""
+    One token short of being due it takes one more step, and with asynchronous scheduling two more
+    before the scores of that one count: `in_flight_tokens` is what those steps compute."""
     return protected + blocks_for(due - 1 + in_flight_tokens, block_size)
 
 

@@ -85,7 +85,7 @@ class EvictionMixin(Scheduler):
         config, pool = self.kv_policy, self.kv_cache_config.num_blocks - 1
         due = due_tokens(config.budget, config.interval, block_size)
         protected = protected_blocks(config.protect, config.reserved_prompt, block_size)
-        steps_in_flight = self.vllm_config.max_concurrent_batches
+        steps_in_flight = 2 * self.vllm_config.max_concurrent_batches - 1
         decoding = bounded_blocks(protected, due, steps_in_flight, block_size)
         if due > pool * block_size:
             raise ConfigError(
@@ -109,31 +109,58 @@ class EvictionMixin(Scheduler):
 
     def add_request(self, request: Request) -> None:
         is_new = request.request_id not in self.requests
-        super().add_request(request)
-        if is_new:
-            self._follow(request)
-
-    def _follow(self, request: Request) -> None:
         params = request.sampling_params
+        # Before vLLM queues it: a request that skipped the API's check must leave nothing behind.
         policy = self.kv_policy.for_request(
             params.extra_args if params else None, self.planner.block_size
         )
+        super().add_request(request)
+        if is_new:
+            self._follow(request, policy)
+
+    def _follow(self, request: Request, policy: RequestPolicy) -> None:
         self.planner.add(
             request.request_id,
             prompt_tokens=request.num_prompt_tokens,
             policy=policy,
-            key=_request_key(request),
+            key=0 if self.planner.policy.needs_queries else _request_key(request),
         )
+        room = self.max_model_len - request.num_prompt_tokens
         if policy.evict:
-            bound = self._peak_blocks(request, policy)
+            # To the longest sequence there can be: a streaming session may grow beyond max_tokens.
+            bound = self._peak_blocks(request, policy, room)
             for manager in self.evicting_managers:
                 manager.bound(request.request_id, bound)
+        self._reject_if_too_large(
+            request, self._peak_blocks(request, policy, min(request.max_tokens, room))
+        )
 
-    def _peak_blocks(self, request: Request, policy: RequestPolicy) -> int:
+    def _reject_if_too_large(self, request: Request, peak: int) -> None:
+        """End a request that could never be admitted, rather than let it block the queue.
+
+        With one KV cache group the API has refused it already (HTTP 400); it cannot know how many
+        groups share the pool, nor what windowed layers hold."""
+        needed, pool = 0, self.kv_cache_config.num_blocks - 1
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            cap = manager.max_admission_blocks_per_request
+            needed += min(peak, cap) if cap is not None else peak
+        if needed <= pool:
+            return
+        logger.warning(
+            "request %s may need %d KV blocks in all groups, and the pool has %d: it is ended; "
+            "lower its max_tokens or kv_budget, or give the KV cache more memory",
+            request.request_id,
+            needed,
+            pool,
+        )
+        # vLLM ends the requests of this set with an error, and tells their clients.
+        self.grammar_compile_error_reqs.add(request.request_id)
+
+    def _peak_blocks(self, request: Request, policy: RequestPolicy, max_tokens: int) -> int:
         return peak_blocks(
             policy,
             prompt_tokens=request.num_prompt_tokens,
-            max_tokens=self.max_model_len,
+            max_tokens=max_tokens,
             block_size=self.planner.block_size,
             interval=self.kv_policy.interval,
             in_flight_tokens=self._in_flight_tokens,

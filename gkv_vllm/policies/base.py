@@ -17,9 +17,9 @@ class RankView:
     """One request, for a policy that ranks blocks by where they are."""
 
     key: int
-    """Stable per request: the same prompt and seed give the same key."""
+    """The same for the same prompt and seed; unseeded sampling takes the request's id instead."""
     event: int
-    """How many evictions this request has had."""
+    """How many evictions this request has had since it last started from its prompt."""
     blocks: Sequence[int]
     """Logical blocks that may go, oldest first."""
 

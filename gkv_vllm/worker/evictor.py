@@ -53,6 +53,9 @@ class Evictor:
     def finish(self) -> BlockScores | None:
         """After the forward: the scores of the observed requests, if there are any."""
         plan, self.plan = self.plan, None
+        if self.ring_index is not None:
+            # A dummy batch may run before the next plan: it must not reach the rings.
+            self.ring_index.clear()
         if plan is None or not plan.observe or self.scorer is None:
             return None
         return self.scorer.score(plan.observe, self.runner.block_ids)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""The only file that reads or writes the state of vLLM's V1 model runner."""
+"""Reads and writes the request state and block tables of vLLM's V1 model runner."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gkv_vllm.attention.live_table import NULL_BLOCK
 
 
 class RunnerAdapter(Protocol):
-    """What eviction needs from a model runner; called between steps, before inputs are built."""
+    """What eviction needs from a model runner; `drop_blocks` comes before inputs are built."""
 
     def drop_blocks(self, request_id: str, blocks: list[int]) -> None:
         """Null these logical blocks in the request's table, wherever the runner keeps it."""

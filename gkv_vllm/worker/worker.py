@@ -14,7 +14,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from gkv_vllm.attention import cpu as cpu_attention
-from gkv_vllm.config import KVPolicyConfig
+from gkv_vllm.config import ConfigError, KVPolicyConfig
 from gkv_vllm.engine.footprint import blocks_for, slot_count
 from gkv_vllm.engine.plan import PLAN_ATTRIBUTE, SCORES_ATTRIBUTE, BlockScores
 from gkv_vllm.engine.spec import GKVSpec
@@ -104,10 +104,16 @@ class EvictionWorkerMixin(Worker):
         group_ids: list[int] = []
         owners: list[tuple[str, int]] = []
         for index, group in enumerate(kv_cache_config.kv_cache_groups):
-            members = [n for n in group.layer_names if self._spec_of(group, n) is not None]
+            names = [n for n in group.layer_names if self._owns_cache(n)]
+            members = [n for n in names if self._spec_of(group, n) is not None]
+            if members and len(members) != len(names):
+                raise ConfigError(
+                    "vLLM put evictable and other layers into one KV cache group; serve this "
+                    "model without --kv-policy"
+                )
             if members:
                 group_ids.append(index)
-                owners += [(n, index) for n in members if self._owns_cache(n)]
+                owners += [(n, index) for n in members]
         runner = V1Runner(self.model_runner, group_ids)
         if not self.policy.needs_queries:
             return Evictor(runner, None, None)
