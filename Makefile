@@ -6,9 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 MODEL := build/demo-model
-# 320 blocks of 32 tokens: small enough that long requests compete for it.
-SERVE_ARGS ?= --kv-policy gkv --kv-budget 256 --kv-interval 64 --max-model-len 4096 \
-	--block-size 32 --num-gpu-blocks-override 320
+SERVE_ARGS ?= --config configs/serve/demo.yaml
 TEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=

@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from vllm import SamplingParams
@@ -24,6 +25,7 @@ FRONT_END = [
     compat.FROM_CLI_ARGS,
     compat.CREATE_ENGINE_CONFIG,
 ]
+CONFIGS = Path(__file__).parents[1] / "configs"
 ON_ACTIVATION = [
     compat.PROCESS_INPUTS,
     compat.GENERATE,
@@ -232,6 +234,13 @@ def test_yaml_gives_what_the_flags_give(form, engine_args, tmp_path):
     path.write_text(YAMLS[form])
     args = engine_args("--config", str(path))
     assert policy_of(args) == {"policy": "gkv", "budget": 512, "policy_config": {"alpha": 0.5}}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("serve/*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_we_ship_are_read(engine_args, path):
+    config = plugin.read_config(engine_args("--config", str(path)).additional_config)
+    assert config.active
+    config.check_block_size(128)
 
 
 def test_a_flag_wins_over_yaml_on_either_side(engine_args, tmp_path):
