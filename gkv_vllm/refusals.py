@@ -108,7 +108,9 @@ def _unified_partial_layers(config: Any) -> bool:
     kinds = set(getattr(text, "layer_types", None) or ())
     windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     chunked = getattr(text, "attention_chunk_size", None)
-    return bool(chunked or (kinds & _PARTIAL_LAYERS or windowed) and not model.disable_sliding_window)
+    return bool(
+        chunked or (kinds & _PARTIAL_LAYERS or windowed) and not model.disable_sliding_window
+    )
 
 
 def _other_device(config: Any) -> bool:

@@ -32,9 +32,7 @@ def healthy():
             kv_offloading_size=None,
             kv_sharing_fast_prefill=False,
         ),
-        scheduler_config=SimpleNamespace(
-            scheduler_cls=None, disable_hybrid_kv_cache_manager=False
-        ),
+        scheduler_config=SimpleNamespace(scheduler_cls=None, disable_hybrid_kv_cache_manager=False),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=1,
             pipeline_parallel_size=1,
