@@ -13,6 +13,7 @@ import dataclasses
 import json
 import multiprocessing
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,9 @@ FLAG_GROUP = "KV cache eviction (gkv_vllm)"
 SCHEDULER = "gkv_vllm.engine.scheduler.GKVScheduler"
 ASYNC_SCHEDULER = "gkv_vllm.engine.scheduler.GKVAsyncScheduler"
 WORKER = "gkv_vllm.worker.worker.GKVCPUWorker"
-# Set on an EngineArgs that came from a command line: its errors end the process with a sentence.
-_FROM_CLI = "_gkv_from_cli"
+# The EngineArgs that came from a command line, by id: their errors end the process with a
+# sentence. Not a mark on the object, since `vllm bench` passes vars(engine_args) on.
+_from_cli: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def register() -> None:
@@ -153,7 +155,7 @@ def _with_merged_flags(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
             engine_args = from_cli_args(cls, args, *rest, **kwargs)
             if asked_for(engine_args.additional_config):
                 read_config(engine_args.additional_config)
-                setattr(engine_args, _FROM_CLI, True)
+                _from_cli[id(engine_args)] = engine_args
             return engine_args
 
     return wrapper
@@ -203,7 +205,7 @@ def _with_activation(create_engine_config: Callable[..., Any]) -> Callable[..., 
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not asked_for(self.additional_config):
             return create_engine_config(self, *args, **kwargs)
-        with _plain_errors(getattr(self, _FROM_CLI, False)):
+        with _plain_errors(_from_cli.get(id(self)) is self):
             # Read twice: a bad setting is told before the model's config is looked for.
             read_config(self.additional_config)
             vllm_config = create_engine_config(self, *args, **kwargs)

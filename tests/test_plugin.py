@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vllm import SamplingParams
@@ -178,6 +179,13 @@ def test_a_spawned_api_server_sees_the_flags(parser):
     """It gets the parsed arguments, and vLLM's own from_cli_args runs before plugins load."""
     args = parser.parse_args(list(itertools.chain(*FLAGS)))
     assert stock(lambda: AsyncEngineArgs.from_cli_args(args)).additional_config == MERGED
+
+
+def test_engine_args_stay_what_vllm_made_them(engine_args):
+    """`vllm bench` builds its engine from vars(engine_args)."""
+    ours = engine_args("--kv-policy", "gkv")
+    again = type(ours)(**vars(ours))
+    assert again.additional_config == ours.additional_config
 
 
 def test_every_setting_has_a_flag(engine_args):
@@ -463,10 +471,22 @@ def test_nothing_is_refused_for_want_of_room_before_the_pool_is_known(active):
     check(active, params(max_tokens=10**6, kv_policy="none"))
 
 
-def test_data_parallel_engines_share_the_reported_blocks(active):
-    active.cache_config.num_gpu_blocks = 200
-    active.parallel_config.data_parallel_size = 2
-    assert request_check.pool_blocks(active) == 99
+@pytest.mark.parametrize(
+    ("rank_local", "local_only", "blocks"),
+    [(None, False, 49), (None, True, 99), (0, False, 199)],
+    ids=["one client for all engines", "one client per node", "one process per engine"],
+)
+def test_vllm_reports_the_blocks_of_the_engines_a_client_manages(rank_local, local_only, blocks):
+    parallel = SimpleNamespace(
+        data_parallel_size=4,
+        data_parallel_size_local=2,
+        data_parallel_rank_local=rank_local,
+        local_engines_only=local_only,
+    )
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(num_gpu_blocks=200), parallel_config=parallel
+    )
+    assert request_check.pool_blocks(config) == blocks
 
 
 def test_requests_of_an_inactive_server_are_not_looked_at(demo_model):
@@ -476,8 +496,6 @@ def test_requests_of_an_inactive_server_are_not_looked_at(demo_model):
 
 def test_generate_refuses_on_the_call_and_not_at_the_first_item(active):
     """A streaming response has begun by the first item."""
-    from types import SimpleNamespace
-
     from vllm.v1.engine.async_llm import AsyncLLM
 
     engine = SimpleNamespace(vllm_config=active)
