@@ -135,7 +135,11 @@ def completed(output: Any) -> dict[str, Any]:
     chosen = [
         step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)
     ]
-    return {"token_ids": list(answer.token_ids), "logprobs": chosen}
+    return {
+        "token_ids": list(answer.token_ids),
+        "logprobs": chosen,
+        "finish_reason": answer.finish_reason,
+    }
 
 
 def run_elsewhere(

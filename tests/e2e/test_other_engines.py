@@ -54,19 +54,22 @@ def hybrid_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_request_that_no_pool_of_a_hybrid_could_hold_ends_with_an_error(
     hybrid_model: Path,
 ) -> None:
-    # Its full-attention group alone fits into the 24 blocks, with the windows it does not.
-    large, small = request(prompt(1, 60), 600), request(prompt(2, 60), 50)
-    ours = run_elsewhere(hybrid_model, [large, small], 25, kv_policy=POLICY)
-    assert ours["outputs"][0]["token_ids"] == []
+    # 21 blocks of full attention would fit into the 30 of the pool, with 11 of windows they do not.
+    large, small = request(prompt(1, 60), 600, kv_policy="none"), request(prompt(2, 60), 50)
+    tight = {"policy": "gkv", "budget": 96, "interval": 32, "reserve_prompt": 32}
+    ours = run_elsewhere(hybrid_model, [large, small], 31, kv_policy=tight)
+    assert ours["outputs"][0]["finish_reason"] == "error"
+    assert len(ours["outputs"][0]["token_ids"]) <= 1
     assert len(ours["outputs"][1]["token_ids"]) == 50
-    assert ours["free"] == 24
+    assert ours["free"] == 30
 
 
 def test_requests_that_opted_out_run_as_in_stock_vllm_under_pressure(demo_model: Path) -> None:
-    requests = [request(prompt(i, 40), 300, kv_policy="none") for i in range(12)]
-    stock = [request(prompt(i, 40), 300) for i in range(12)]
-    ours = run_elsewhere(demo_model, requests, 60, kv_policy=POLICY)
-    assert ours["outputs"] == run_elsewhere(demo_model, stock, 60, plugin=False)["outputs"]
+    # 16 requests want 176 blocks of 79.
+    requests = [request(prompt(i, 40), 300, kv_policy="none") for i in range(16)]
+    stock = [request(prompt(i, 40), 300) for i in range(16)]
+    ours = run_elsewhere(demo_model, requests, 80, kv_policy=POLICY)
+    assert ours["outputs"] == run_elsewhere(demo_model, stock, 80, plugin=False)["outputs"]
 
 
 def test_sliding_window_layers_are_left_alone_and_full_ones_evicted(hybrid_model: Path) -> None:
