@@ -223,6 +223,30 @@ def test_disabled_sliding_windows_are_full_attention():
     assert collect(config, GKV) == []
 
 
+WITHOUT_HYBRID_MANAGER = "windowed or chunked layers with the hybrid KV cache manager off"
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ({}, False),
+        ({"layer_types": ["full_attention"]}, False),
+        ({"sliding_window": 4096, "use_sliding_window": False}, False),
+        ({"sliding_window": 4096}, True),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, True),
+        ({"attention_chunk_size": 8192}, True),
+    ],
+    ids=str,
+)
+def test_windowed_layers_never_share_a_group_with_evictable_ones(text, refused):
+    config = healthy()
+    vars(config.model_config.hf_text_config).update(text)
+    assert collect(config, GKV) == []
+    config.scheduler_config.disable_hybrid_kv_cache_manager = True
+    applying = [refusal.name for refusal in REFUSALS if refusal.applies(config)]
+    assert applying == ([WITHOUT_HYBRID_MANAGER] if refused else [])
+
+
 @pytest.mark.parametrize("cache_dtype", ["auto", "bfloat16", "float16"])
 def test_unquantised_caches_and_our_backend_pass(cache_dtype):
     config = healthy()
@@ -232,7 +256,11 @@ def test_unquantised_caches_and_our_backend_pass(cache_dtype):
 
 
 def test_every_refusal_has_a_test():
-    tested = {name for _, _, name, _ in SPOILT} | {"other versions of vLLM", "the Rust front end"}
+    tested = {name for _, _, name, _ in SPOILT} | {
+        "other versions of vLLM",
+        "the Rust front end",
+        WITHOUT_HYBRID_MANAGER,
+    }
     assert {refusal.name for refusal in REFUSALS} == tested
 
 
