@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""The entry point: flags, activation and the check of each request; what evicts lives elsewhere.
+"""The entry point: flags and activation; requests are checked in `request_check`.
 
 `register()` only wraps methods that read the command line. Nothing else happens until a finished
 `VllmConfig` asks for a policy.

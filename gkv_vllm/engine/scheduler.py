@@ -24,7 +24,7 @@ from gkv_vllm.engine.footprint import (
 )
 from gkv_vllm.engine.plan import PLAN_ATTRIBUTE, SCORES_ATTRIBUTE
 from gkv_vllm.engine.planner import EvictionPlanner
-from gkv_vllm.engine.spec import in_flight_tokens
+from gkv_vllm.engine.spec import in_flight_tokens, steps_ahead
 from gkv_vllm.policies import registry
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ class EvictionMixin(Scheduler):
         config, pool = self.kv_policy, self.kv_cache_config.num_blocks - 1
         due = due_tokens(config.budget, config.interval, block_size)
         protected = protected_blocks(config.protect, config.reserved_prompt, block_size)
-        steps_in_flight = 2 * self.vllm_config.max_concurrent_batches - 1
-        decoding = bounded_blocks(protected, due, steps_in_flight, block_size)
+        decoding = bounded_blocks(protected, due, steps_ahead(self.vllm_config), block_size)
         if due > pool * block_size:
             raise ConfigError(
                 f"kv_policy budget {config.budget} + interval {config.interval} = {due} tokens in "

@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-def in_flight_tokens(vllm_config: VllmConfig) -> int:
-    """Tokens a request may be ahead of the rule when an eviction happens, a chunk per step.
+def steps_ahead(vllm_config: VllmConfig) -> int:
+    """Steps that a request may be ahead of the rule when an eviction happens.
 
     With one batch at a time that is the step that makes it due. With two, one more starts before
     the scores arrive; and the step that makes it due may itself follow one that the eviction
     before did not count."""
-    chunk = vllm_config.scheduler_config.max_num_batched_tokens
-    return (2 * vllm_config.max_concurrent_batches - 1) * chunk
+    return 2 * vllm_config.max_concurrent_batches - 1
+
+
+def in_flight_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens of those steps when each computes a whole prefill chunk of the request."""
+    return steps_ahead(vllm_config) * vllm_config.scheduler_config.max_num_batched_tokens
 
 
 @dataclass(frozen=True)

@@ -142,3 +142,12 @@ def test_a_policy_without_queries_only_drops() -> None:
     evictor.begin_forward(SimpleNamespace())
     assert evictor.finish() is None
     assert log == [("drop", "a", [1])]
+
+
+def test_a_dummy_batch_after_a_step_leaves_the_rings_alone(step: Step) -> None:
+    step.evictor.begin(FULL_PLAN)
+    step.forward()
+    step.evictor.finish()
+    before = step.ring.queries.clone()
+    step.ring.store(torch.full((1, 1, 1), 99.0))  # one token, no plan, no `begin`
+    assert torch.equal(step.ring.queries, before)
