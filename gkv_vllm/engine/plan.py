@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 PLAN_ATTRIBUTE = "gkv_plan"
 """Where a StepPlan rides on vLLM's SchedulerOutput."""
 
-SCORES_ATTRIBUTE = "gkv_scores"
-"""Where BlockScores ride on vLLM's ModelRunnerOutput."""
+REPORT_ATTRIBUTE = "gkv_report"
+"""Where a WorkerReport rides on vLLM's ModelRunnerOutput."""
 
 
 @dataclass(slots=True)
@@ -24,34 +24,72 @@ class Recording:
 
 
 @dataclass(slots=True)
-class Observation:
-    """Score the blocks of one request after this step's forward."""
+class Selection:
+    """One request has to lose some of its candidates: all that scoring them takes."""
 
-    slot: int
-    epoch: int
+    slot: int | None
+    """Its ring and block history; None when the policy needs neither."""
     num_tokens: int
+    """Tokens computed when it fell due: its window ends here."""
+    protected: int
+    """Leading logical blocks that never go."""
+    candidates: tuple[list[int], ...]
+    """Per layer group the logical blocks that may go, oldest first: equally many in each."""
+    keep: int
+    """How many blocks of candidates stay: whole ones, or filled with surviving tokens."""
+    remembered: int
+    """How many leading candidates were scored before and stayed: only these have a history."""
+    event: int
+    """How many evictions the request has had since it last started from its prompt."""
+    key: int
+    """Seeds policies that draw at random."""
+
+
+@dataclass(slots=True)
+class Observation:
+    """Block granularity: score the candidates of one request after this step's forward."""
+
+    epoch: int
+    selection: Selection
+
+
+@dataclass(slots=True)
+class Compaction:
+    """Token granularity: before this step, move the surviving tokens into the target blocks."""
+
+    selection: Selection
+    targets: list[int]
+    """Logical blocks that hold the survivors from now on, `selection.keep` of them; the other
+    candidates are dropped."""
+    fresh: dict[int, dict[int, int]] = field(default_factory=dict)
+    """KV cache group -> target -> block id, for targets that took the place of a shared block."""
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """What the worker does for one step besides running the model."""
+    """What the worker does for one step besides running the model, in this order."""
 
-    drops: dict[str, list[int]] = field(default_factory=dict)
-    """Logical blocks that left each request's table before this step."""
+    compact: dict[str, Compaction] = field(default_factory=dict)
+    drops: dict[str, tuple[list[int], ...]] = field(default_factory=dict)
+    """Per request and layer group, the logical blocks that left its table before this step."""
     reset: list[int] = field(default_factory=list)
-    """Slots that change hands: their score history starts at zero."""
+    """Slots that change hands: their history starts at zero."""
     record: dict[str, Recording] = field(default_factory=dict)
+    accumulate: dict[str, int] = field(default_factory=dict)
+    """Per request its protected tokens: the others accumulate the attention of this step."""
     observe: dict[str, Observation] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.drops or self.reset or self.record or self.observe)
+        return any(getattr(self, message.name) for message in fields(self))
 
 
 @dataclass(slots=True)
-class BlockScores:
-    """What the worker found for the observed requests of one step."""
+class WorkerReport:
+    """What the worker did and found in one step."""
 
-    scores: dict[str, tuple[int, Sequence[float]]]
-    """Per request: the epoch it was observed in, and one score per logical block (0 at holes)."""
+    scores: dict[str, tuple[int, list[Sequence[float]]]]
+    """Per observed request: its epoch, and per layer group one score for each candidate."""
+    events: int
+    """Requests that were scored in this step, or scored and compacted."""
     seconds: float
-    """Time spent scoring."""
+    """Time that this took."""

@@ -1,66 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""The interface of an eviction policy, and what a policy gets to see; no policy lives here."""
+"""The interface of an eviction policy; what a policy gets to see is in `view`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class RankView:
-    """One request, for a policy that ranks blocks by where they are."""
-
-    key: int
-    """The same for the same prompt and seed; unseeded sampling takes the request's id instead."""
-    event: int
-    """How many evictions this request has had since it last started from its prompt."""
-    blocks: Sequence[int]
-    """Logical blocks that may go, oldest first."""
+    from gkv_vllm.policies.view import View
 
 
-@dataclass(frozen=True, slots=True)
-class LayerView:
-    """One request in a few layers, for a policy that scores by queries and keys.
+@dataclass(frozen=True)
+class Needs:
+    """What the worker must keep for a policy between evictions; keys are always at hand."""
 
-    Live tokens are in logical order; the last `window` of them are the observation window."""
+    queries: bool = False
+    """The last `window` queries of a request, in a ring: `view.queries`, `view.local_scores`."""
+    history: bool = False
+    """One number per unit, which `update` renews at every eviction: `view.history`."""
+    attention_mass: bool = False
+    """The attention that each token got from every query so far: `view.attention_mass`.
 
-    queries: Tensor
-    """[layers, query_heads, window, head_dim], oldest first; rotated, as attention saw them."""
-    keys: Tensor
-    """[layers, kv_heads, live_tokens, head_dim]"""
-    scale: float
-    """Softmax scale of the attention layer."""
-    softcap: float
-    """Logit soft cap of the attention layer; 0 for none."""
-    block_size: int
-    history: Tensor
-    """[layers, kv_heads, live_blocks] float32: what this policy returned last time, 0 where new."""
+    Costs a second pass over the keys in every step, and prompts are reused from the prefix cache
+    only as far as they are protected: a query that is not computed gives no attention."""
+
+    @property
+    def paged(self) -> bool:
+        """Whether every cached token has a number of its own that moves along with it."""
+        return self.history or self.attention_mass
+
+    def __post_init__(self) -> None:
+        if self.history and self.attention_mass:
+            raise ValueError("a policy keeps one number per token: history or attention_mass")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What stays and what goes. A higher number means: keep.
+    """What stays and what goes. A higher score means: keep.
 
-    A policy is a frozen dataclass; its fields are the keys of `--kv-policy-config`. It overrides
-    `score` (and keeps `needs_queries`), or `rank` (and sets `needs_queries = False`)."""
+    A policy is a frozen dataclass; its fields are the keys of `--kv-policy-config`. It sees one
+    request in all layers at once (`View`) and scores *units*: tokens, or blocks with block
+    granularity. `view.units` turns numbers per token into numbers per unit, so that one `score`
+    serves both. The engine owns the rest: rings, top-k, compaction, freeing."""
 
-    needs_queries: ClassVar[bool] = True
-    """Whether the worker must keep the last queries and score; else the planner asks `rank`."""
+    needs: ClassVar[Needs] = Needs()
 
-    def score(self, view: LayerView) -> Tensor:
-        """Block scores [layers, kv_heads, live_blocks] in float32; they are the next `history`."""
+    def update(self, view: View) -> Tensor:
+        """The new history [layers, kv_heads, units] out of the old one, `view.history`.
+
+        Called at each eviction right before `score`, if the policy needs history."""
+        raise NotImplementedError
+
+    def score(self, view: View) -> Tensor:
+        """Scores [layers, kv_heads, units] in float32. `view.history` is what `update` returned."""
         raise NotImplementedError
 
     def combine(self, scores: Tensor) -> Tensor:
-        """One number per block, [live_blocks], out of [layers, kv_heads, live_blocks]."""
-        raise NotImplementedError
-
-    def rank(self, view: RankView) -> Sequence[float]:
-        """One number per block of `view.blocks`, without looking at the cache."""
-        raise NotImplementedError
+        """What layers and heads that share one kept set agree on: [..., n, units] to [..., units]."""
+        return scores.mean(-2)

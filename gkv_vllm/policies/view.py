@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""What a policy sees of one request when it has to lose tokens; reads the cache, changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gkv_vllm.ops import cpu_layout
+
+if TYPE_CHECKING:
+    from gkv_vllm.ops.paged import PagedOps
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One attention layer of the request."""
+
+    kv_cache: Tensor
+    """The layer's paged cache, in the layout of the platform."""
+    block_ids: Tensor
+    """[live_blocks] int64: the request's live blocks in logical order."""
+    plane: Tensor | None
+    """[num_blocks, kv_heads, block_size] float32: one number per cached token, if kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One request in all its layers.
+
+    Its live tokens, in order, are: `protected` ones that never go, then `num_candidates` of which
+    some go, then the recent ones, the last `window` of which made the queries. What the methods
+    return per token is [layers, kv_heads, live_tokens - window] in float32, oldest first."""
+
+    ops: PagedOps
+    layers: Sequence[LayerCache]
+    queries: Tensor | None
+    """[layers, query_heads, window, head_dim], oldest first; rotated, as attention saw them."""
+    history: Tensor | None
+    """[layers, kv_heads, units] float32: 0 for units that are new since the last eviction."""
+    scale: float
+    """Softmax scale of the attention layers."""
+    softcap: float
+    """Logit soft cap of the attention layers; 0 for none."""
+    window: int
+    live_tokens: int
+    protected: int
+    num_candidates: int
+    keep: int
+    """How many units stay."""
+    remembered: int
+    """How many leading units have a history; the others are scored for the first time."""
+    block_size: int
+    unit: int
+    """Tokens per unit: 1, or `block_size` with block granularity."""
+    event: int
+    """How many evictions this request has had since it last started from its prompt."""
+    key: int
+    """Seeds draws: the same for the same prompt and seed."""
+
+    @property
+    def num_units(self) -> int:
+        return self.num_candidates // self.unit
+
+    # ---- per token: [layers, kv_heads, live_tokens - window]
+
+    def local_scores(self, form: str = "max_probability") -> Tensor:
+        """How much the window attends to each older token.
+
+        Forms: `max_probability` (softmax over all live tokens, maximum over the query group, mean
+        over the window: G-KV, arXiv 2512.00504, section 3), `max_logit` (maximum over the group
+        before a softmax over the older tokens only: R-KV's repository) and `mean_probability`
+        (mean over the group: kvpress)."""
+        queries = self.queries
+        if queries is None:
+            raise ValueError("view.local_scores: the policy must declare Needs(queries=True)")
+        return torch.stack(
+            [
+                self.ops.local_scores(
+                    queries[i],
+                    layer.kv_cache,
+                    layer.block_ids,
+                    self.live_tokens,
+                    self.scale,
+                    self.softcap,
+                    form,
+                )
+                for i, layer in enumerate(self.layers)
+            ]
+        )
+
+    def redundancy(
+        self, *, threshold: float = 0.5, temperature: float = 1.0, within_blocks: bool = False
+    ) -> Tensor:
+        """How much each unprotected key resembles the others (R-KV, arXiv 2505.24133).
+
+        Mean cosine similarity to the unprotected live tokens, where of near-duplicates (above
+        `threshold`) the newest is excused; divided by `temperature`, softmax over these tokens.
+        0 at protected tokens. `within_blocks` compares only inside each cache block (Zipage)."""
+        compare = self.ops.redundancy_in_block if within_blocks else self.ops.redundancy
+        similarity = self._each_layer(
+            lambda layer: compare(
+                layer.kv_cache, layer.block_ids, self.protected, self.live_tokens, threshold
+            )
+        )
+        shares = (similarity / temperature).softmax(-1)
+        return self._older(torch.nn.functional.pad(shares, (self.protected, 0)))
+
+    def key_norms(self) -> Tensor:
+        """The L2 norm of each key."""
+        return self._older(
+            self._each_layer(
+                lambda layer: self.ops.key_norms(layer.kv_cache, layer.block_ids, self.live_tokens)
+            )
+        )
+
+    def attention_mass(self) -> Tensor:
+        """The attention that each unprotected token got from all queries of its group so far.
+
+        0 at protected tokens. Needs(attention_mass=True)."""
+        mass = self._each_layer(self._plane)
+        mass[..., : self.protected] = 0
+        return self._older(mass)
+
+    def keys(self) -> Tensor:
+        """A dense copy of the keys, [layers, kv_heads, live_tokens, head_dim]: slow but plain."""
+        return self._each_layer(
+            lambda layer: cpu_layout.gather_keys(layer.kv_cache, layer.block_ids)[
+                :, : self.live_tokens
+            ]
+        )
+
+    def _plane(self, layer: LayerCache) -> Tensor:
+        assert layer.plane is not None
+        return layer.plane[layer.block_ids].transpose(0, 1).flatten(1)[:, : self.live_tokens]
+
+    def _each_layer(self, read: Callable[[LayerCache], Tensor]) -> Tensor:
+        return torch.stack([read(layer) for layer in self.layers])
+
+    def _older(self, per_token: Tensor) -> Tensor:
+        return per_token[..., : self.live_tokens - self.window]
+
+    # ---- per unit: [layers, kv_heads, units]
+
+    def units(self, per_token: Tensor, by: str = "max") -> Tensor:
+        """The candidates' part of numbers per token, reduced to one number per unit.
+
+        by: `max`, `mean` or `sum` over the tokens of a block; tokens stay as they are."""
+        chosen = per_token[..., self.protected : self.protected + self.num_candidates]
+        if self.unit == 1:
+            return chosen
+        if by == "max":
+            return self.ops.block_max(chosen, self.unit)
+        blocks = chosen.unflatten(-1, (-1, self.unit))
+        if by == "mean":
+            return blocks.mean(-1)
+        if by == "sum":
+            return blocks.sum(-1)
+        raise ValueError(f"view.units: unknown reduction '{by}'; valid: max, mean, sum")
