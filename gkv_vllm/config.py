@@ -89,7 +89,32 @@ class KVPolicyConfig:
         least=1,
     )
     granularity: str = _setting(
-        "block", "what is evicted: whole blocks (zero-copy)", kind=str, choices=("block",)
+        "block",
+        "what is evicted: whole blocks (block), or tokens, whose survivors are moved together "
+        "(token)",
+        kind=str,
+        choices=("block", "token"),
+    )
+    scope: str = _setting(
+        "head",
+        "token granularity: one kept set for each layer and KV head (head), for each layer "
+        "(layer), or for all of them (all)",
+        kind=str,
+        choices=("head", "layer", "all"),
+    )
+    layer_groups: int = _setting(
+        1,
+        "block granularity: into how many groups the layers are split, each of which keeps blocks "
+        "of its own",
+        kind=int,
+        least=1,
+    )
+    layer_split: str = _setting(
+        "contiguous",
+        "how layers are split into layer_groups: neighbours together (contiguous) or dealt out in "
+        "turn (interleaved)",
+        kind=str,
+        choices=("contiguous", "interleaved"),
     )
     protect: str = _setting(
         "prompt",
@@ -120,6 +145,13 @@ class KVPolicyConfig:
         kind=int,
         least=0,
     )
+    impl: str = _setting(
+        "auto",
+        "what computes scores and moves tokens: the C++ operators (cpu), the readable torch form "
+        "(reference), or the fastest that is there (auto)",
+        kind=str,
+        choices=("auto", "reference", "cpu"),
+    )
     policy_config: Mapping[str, Any] = _setting(
         None, "the policy's own parameters, as a JSON object", kind=Mapping
     )
@@ -145,6 +177,12 @@ class KVPolicyConfig:
             raise ConfigError(
                 f"kv_policy max_budget={self.max_budget} is smaller than budget={self.budget}; "
                 "raise max_budget or lower budget"
+            )
+        if self.layer_groups > 1 and self.granularity == "token":
+            raise ConfigError(
+                f"kv_policy layer_groups={self.layer_groups} is for block granularity: with "
+                "granularity=token every layer and KV head keeps tokens of its own already; drop "
+                "layer_groups or set granularity to block"
             )
 
     @classmethod
@@ -172,6 +210,11 @@ class KVPolicyConfig:
     def active(self) -> bool:
         """Whether a policy was asked for at all."""
         return self.policy != NO_POLICY
+
+    @property
+    def moves_tokens(self) -> bool:
+        """Whether eviction picks tokens, and survivors move, rather than whole blocks."""
+        return self.granularity == "token"
 
     @property
     def reserved_prompt(self) -> int:

@@ -33,14 +33,25 @@ _C = TypeVar("_C")
 
 PREFIX = "gkv:"
 SKIP_REASONS = {
-    "no_candidates": "scores arrived, but every unprotected block lies in the budget or the window",
+    "no_candidates": "a request was due, but every unprotected block lies in the budget or window",
+    "no_free_block": "survivors needed a block of their own in place of a shared one; none was free",
     "no_slot": "a step whose queries were not recorded because all query rings are taken",
     "opted_out": "a request that asked for kv_policy=none",
     "stale": "scores of a request that has finished or was preempted since",
 }
 """Why an eviction did not happen; every reason shows as 0 from the start."""
 
-INFO_SETTINGS = ("policy", "budget", "interval", "window", "granularity", "protect", "trigger")
+INFO_SETTINGS = (
+    "policy",
+    "budget",
+    "interval",
+    "window",
+    "granularity",
+    "scope",
+    "layer_groups",
+    "protect",
+    "trigger",
+)
 SECONDS_BUCKETS = tuple(m * 10.0**e for e in range(-5, 1) for m in (1, 2, 5))
 """10 microseconds (ranking a few blocks) to 5 seconds."""
 
@@ -59,16 +70,17 @@ class EvictionCounts:
     live_tokens: Counter[int] = field(default_factory=Counter)
     """Live KV tokens of a request right after one of its evictions."""
     eviction_us: Counter[int] = field(default_factory=Counter)
-    """Microseconds of scoring and planning per eviction."""
+    """Microseconds of scoring, and of moving tokens, per eviction."""
 
-    def record_eviction(
-        self, blocks_freed: int, tokens_evicted: int, live_tokens: int, seconds: float
-    ) -> None:
+    def record_eviction(self, blocks_freed: int, tokens_evicted: int, live_tokens: int) -> None:
         """Count one eviction of one request."""
         self.evictions += 1
         self.blocks_freed += blocks_freed
         self.tokens_evicted += tokens_evicted
         self.live_tokens[live_tokens] += 1
+
+    def record_seconds(self, seconds: float) -> None:
+        """Count what the worker spent on one eviction: scoring, and moving tokens."""
         self.eviction_us[round(seconds * 1e6)] += 1
 
     def skip(self, reason: str) -> None:
@@ -93,12 +105,15 @@ class EvictionStats(EvictionCounts):
     _unsent: EvictionCounts = field(default_factory=EvictionCounts, repr=False)
     _unlogged: EvictionCounts = field(default_factory=EvictionCounts, repr=False)
 
-    def record_eviction(
-        self, blocks_freed: int, tokens_evicted: int, live_tokens: int, seconds: float
-    ) -> None:
-        super().record_eviction(blocks_freed, tokens_evicted, live_tokens, seconds)
+    def record_eviction(self, blocks_freed: int, tokens_evicted: int, live_tokens: int) -> None:
+        super().record_eviction(blocks_freed, tokens_evicted, live_tokens)
         for counts in (self._unsent, self._unlogged):
-            counts.record_eviction(blocks_freed, tokens_evicted, live_tokens, seconds)
+            counts.record_eviction(blocks_freed, tokens_evicted, live_tokens)
+
+    def record_seconds(self, seconds: float) -> None:
+        super().record_seconds(seconds)
+        for counts in (self._unsent, self._unlogged):
+            counts.record_seconds(seconds)
 
     def skip(self, reason: str) -> None:
         super().skip(reason)
@@ -122,8 +137,9 @@ class EvictionStats(EvictionCounts):
                 f"{counts.blocks_freed} blocks freed",
                 f"{counts.tokens_evicted} tokens evicted",
                 f"{_mean(counts.live_tokens):.0f} live tokens per request",
-                f"{_mean(counts.eviction_us) / 1000:.2f} ms per eviction",
             ]
+        if counts.eviction_us:
+            parts.append(f"{_mean(counts.eviction_us) / 1000:.2f} ms per eviction")
         if counts.skipped:
             reasons = sorted(counts.skipped.items())
             parts.append("skipped: " + " ".join(f"{reason}={n}" for reason, n in reasons))

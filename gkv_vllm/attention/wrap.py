@@ -22,15 +22,18 @@ from gkv_vllm.engine.spec import GKVSpec
 class StepObserver(Protocol):
     """Who wants to know that a forward is about to start."""
 
-    def begin_forward(self, metadata: CommonAttentionMetadata) -> None:
-        """Called once per step and KV cache group, with logical lengths and positions."""
+    def __call__(self, metadata: CommonAttentionMetadata, live: CommonAttentionMetadata) -> None:
+        """Called once per step and KV cache group: with logical lengths, and with live ones."""
 
 
 class QuerySink(Protocol):
-    """Who keeps the queries of one attention layer."""
+    """Who sees the queries of one attention layer: [tokens, query_heads, head_dim], rotated."""
 
-    def store(self, queries: Tensor) -> None:
-        """queries [tokens, query_heads, head_dim], rotated. Must not keep a reference to them."""
+    def before_attention(self, queries: Tensor) -> None:
+        """Must not keep a reference to them."""
+
+    def after_attention(self, queries: Tensor) -> None:
+        """The same queries, once the keys and values of the step are in the cache."""
 
 
 def live_metadata(metadata: CommonAttentionMetadata, block_size: int) -> CommonAttentionMetadata:
@@ -51,7 +54,7 @@ def live_metadata(metadata: CommonAttentionMetadata, block_size: int) -> CommonA
 class LiveTableBuilder(AttentionMetadataBuilder[Any]):
     """Metadata builder mixin: for evictable layers, attention sees the live table."""
 
-    observer: StepObserver | None = None
+    observe: StepObserver | None = None
 
     def build(
         self,
@@ -60,11 +63,10 @@ class LiveTableBuilder(AttentionMetadataBuilder[Any]):
         fast_build: bool = False,
     ) -> Any:
         if isinstance(self.kv_cache_spec, GKVSpec):
-            if self.observer is not None:
-                self.observer.begin_forward(common_attn_metadata)
-            common_attn_metadata = live_metadata(
-                common_attn_metadata, self.kv_cache_spec.block_size
-            )
+            live = live_metadata(common_attn_metadata, self.kv_cache_spec.block_size)
+            if self.observe is not None:
+                self.observe(common_attn_metadata, live)
+            common_attn_metadata = live
         return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[safe-super]
 
 
@@ -82,9 +84,13 @@ class ObservedImpl(AttentionImpl[Any]):
             )
 
     def forward(self, layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.query_sink is not None:
-            self.query_sink.store(query)
-        return super().forward(layer, query, *args, **kwargs)  # type: ignore[safe-super]
+        sink = self.query_sink
+        if sink is None:
+            return super().forward(layer, query, *args, **kwargs)  # type: ignore[safe-super]
+        sink.before_attention(query)
+        output = super().forward(layer, query, *args, **kwargs)  # type: ignore[safe-super]
+        sink.after_attention(query)
+        return output
 
 
 def wrap_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""Frees blocks of running requests and keeps vLLM's accounting true; it does not choose blocks."""
+"""Frees and repurposes blocks of running requests; keeps vLLM's accounting true, chooses nothing."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ class GKVBlockManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self._admission_blocks: dict[str, int] = {}
         self._exact_tokens: dict[str, int] = {}
+
+    @property
+    def layer_group(self) -> int:
+        """Which of the policy's layer groups these layers belong to."""
+        return self.kv_cache_spec.layer_group
 
     def bound(self, request_id: str, blocks: int) -> None:
         """Admit this request as one that never holds more than `blocks` blocks."""
@@ -48,6 +53,30 @@ class GKVBlockManager(FullAttentionManager):
         # As vLLM does, the tail first: a cached block is of use only behind its predecessors.
         self.block_pool.free_blocks(reversed(leaving))
         return sum(block.ref_cnt == 0 for block in leaving)
+
+    def private(self, request_id: str, blocks: Sequence[int]) -> list[bool]:
+        """Which of these logical blocks nobody else refers to, so that they may be written."""
+        held = self.req_to_blocks[request_id]
+        return [held[index].ref_cnt == 1 for index in blocks]
+
+    def repurpose(
+        self, request_id: str, targets: Sequence[int], fresh: Sequence[int], exact_tokens: int
+    ) -> dict[int, int]:
+        """These logical blocks of a running request will hold other tokens than their own.
+
+        They leave the prefix cache, since their content will not be what their hash says; those of
+        `fresh` give up their shared block for a new one (the caller has checked that there are
+        enough). `exact_tokens` as for `evict`; nothing from the first target on is cached any more.
+        Returns fresh logical block -> new block id."""
+        held = self.req_to_blocks[request_id]
+        shared = [held[index] for index in fresh]
+        for index, block in zip(fresh, self.block_pool.get_new_blocks(len(fresh)), strict=True):
+            held[index] = block
+        self.block_pool.evict_blocks({held[index].block_id for index in targets})
+        exact = min([exact_tokens, *(index * self.block_size for index in targets)])
+        self._exact_tokens[request_id] = min(exact, self._exact_tokens.get(request_id, exact))
+        self.block_pool.free_blocks(shared)
+        return {index: held[index].block_id for index in fresh}
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any

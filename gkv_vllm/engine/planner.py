@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""Decides who is recorded, who is observed and which blocks go; plain numbers, no torch or vLLM."""
+"""Decides who is recorded, who has to lose tokens and which blocks go; no torch, no vLLM."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from gkv_vllm.config import KVPolicyConfig, RequestPolicy
 from gkv_vllm.engine.footprint import blocks_for, due_tokens, protected_blocks
-from gkv_vllm.engine.plan import BlockScores, Observation, Recording, StepPlan
+from gkv_vllm.engine.plan import (
+    Compaction,
+    Observation,
+    Recording,
+    Selection,
+    StepPlan,
+    WorkerReport,
+)
 from gkv_vllm.metrics import EvictionStats
-from gkv_vllm.policies.base import Policy, RankView
+from gkv_vllm.policies.base import Needs
 
 logger = logging.getLogger(f"vllm.{__name__}")  # under vLLM's logger, which has the handlers
 
@@ -24,7 +30,7 @@ OVERDUE_FACTOR = 4
 
 @dataclass(slots=True)
 class Track:
-    """One request whose blocks may be evicted."""
+    """One request whose tokens may be evicted."""
 
     key: int
     epoch: int
@@ -33,17 +39,16 @@ class Track:
     due: int
     next_block: int
     """First logical block that has never been a candidate."""
-    survivors: list[int] = field(default_factory=list)
-    """Unprotected blocks below `next_block` that are still held, oldest first."""
+    survivors: tuple[list[int], ...]
+    """Per layer group the unprotected blocks below `next_block` still held, oldest first."""
     holes: int = 0
     events: int = 0
     slot: int | None = None
     unrecorded: int = 0
     """Tokens computed at the last step that had to be recorded and found no slot."""
-    observed_at: int | None = None
-    """Tokens computed at the observation that waits for its scores."""
-    scores: Sequence[float] | None = None
-    ready_seconds: float = 0.0
+    pending: Selection | None = None
+    """The request fell due and waits: for its scores, or for the next step to be scheduled."""
+    scores: list[Sequence[float]] | None = None
     warned: bool = False
 
     def unprotected(self, num_tokens: int, block_size: int) -> int:
@@ -57,22 +62,23 @@ class EvictionPlanner:
     def __init__(
         self,
         config: KVPolicyConfig,
-        policy: Policy,
+        needs: Needs,
         *,
         block_size: int,
         num_slots: int,
         stats: EvictionStats | None = None,
     ) -> None:
         self.config = config
-        self.policy = policy
+        self.needs = needs
         self.block_size = block_size
         self.stats = stats if stats is not None else EvictionStats()
         self.tracks: dict[str, Track] = {}
         self._free_slots = list(reversed(range(num_slots)))
         self._epochs = itertools.count(1)
-        self._reset: list[int] = []
         self._ready: dict[str, None] = {}
-        self._drops: dict[str, list[int]] = {}
+        """Requests whose eviction can happen before the next step."""
+        self._next = StepPlan()
+        """What the next plan will say about evictions that have happened since the last."""
 
     # ---- the life of a request
 
@@ -85,14 +91,9 @@ class EvictionPlanner:
             self.stats.skip("opted_out")
             return
         protected = protected_blocks(policy.protect, prompt_tokens, self.block_size)
-        self.tracks[request_id] = Track(
-            key=key,
-            epoch=next(self._epochs),
-            protected=protected,
-            budget=blocks_for(policy.budget, self.block_size),
-            due=due_tokens(policy.budget, self.config.interval, self.block_size),
-            next_block=protected,
-        )
+        budget = blocks_for(policy.budget, self.block_size)
+        due = due_tokens(policy.budget, self.config.interval, self.block_size)
+        self._start(request_id, key=key, protected=protected, budget=budget, due=due)
 
     def restart(self, request_id: str) -> None:
         """The request was preempted: it lost its blocks and starts over, with nothing evicted."""
@@ -100,24 +101,13 @@ class EvictionPlanner:
         if track is None:
             return
         self._forget(request_id, track)
-        self.tracks[request_id] = Track(
+        self._start(
+            request_id,
             key=track.key,
-            epoch=next(self._epochs),
             protected=track.protected,
             budget=track.budget,
             due=track.due,
-            next_block=track.protected,
         )
-
-    def usable_prefix(self, request_id: str) -> int | None:
-        """How many cached leading tokens a request may start with; None for as many as there are.
-
-        Of the unprotected ones so few that the queries of its first window are computed, not
-        found, and that it holds no more than any other request."""
-        track = self.tracks.get(request_id)
-        if track is None:
-            return None
-        return track.protected * self.block_size + track.due - self.config.window
 
     def remove(self, request_id: str) -> None:
         """The request ended, however it ended."""
@@ -125,76 +115,113 @@ class EvictionPlanner:
         if track is not None:
             self._forget(request_id, track)
 
+    def _start(self, request_id: str, *, key: int, protected: int, budget: int, due: int) -> None:
+        self.tracks[request_id] = Track(
+            key=key,
+            epoch=next(self._epochs),
+            protected=protected,
+            budget=budget,
+            due=due,
+            next_block=protected,
+            survivors=tuple([] for _ in range(self.config.layer_groups)),
+        )
+
     def _forget(self, request_id: str, track: Track) -> None:
         if track.slot is not None:
             self._free_slots.append(track.slot)
         self._ready.pop(request_id, None)
-        self._drops.pop(request_id, None)
+        self._next.drops.pop(request_id, None)
+        self._next.compact.pop(request_id, None)
+
+    def usable_prefix(self, request_id: str) -> int | None:
+        """How many cached leading tokens a request may start with; None for as many as there are.
+
+        Of the unprotected ones so few that the queries of its first window are computed, not
+        found, and that it holds no more than any other request; none of them if every query
+        counts."""
+        track = self.tracks.get(request_id)
+        if track is None:
+            return None
+        protected = track.protected * self.block_size
+        if self.needs.attention_mass:
+            return protected
+        return protected + track.due - self.config.window
 
     # ---- before vLLM schedules
 
-    def accept(self, block_scores: BlockScores) -> None:
+    def accept(self, report: WorkerReport) -> None:
         """Take the scores of a finished step; those of a request that has moved on are dropped."""
-        share = block_scores.seconds / max(1, len(block_scores.scores))
-        for request_id, (epoch, scores) in block_scores.scores.items():
+        for _ in range(report.events):
+            self.stats.record_seconds(report.seconds / report.events)
+        for request_id, (epoch, scores) in report.scores.items():
             track = self.tracks.get(request_id)
-            if track is None or track.epoch != epoch or track.observed_at is None:
+            if track is None or track.epoch != epoch or track.pending is None:
                 self.stats.skip("stale")
                 continue
             track.scores = scores
-            track.ready_seconds = share
             self._ready[request_id] = None
 
-    def evictions(self) -> dict[str, list[int]]:
-        """The logical blocks that each request with scores loses now.
+    def evictions(self) -> dict[str, tuple[list[int], ...]]:
+        """Block granularity: the logical blocks, per layer group, that requests lose now.
 
         The caller frees them before it allocates; the next plan tells the worker."""
         victims = {}
         for request_id in self._ready:
-            started = time.perf_counter()
             track = self.tracks[request_id]
-            chosen = self._choose(track)
-            seconds = track.ready_seconds + time.perf_counter() - started
-            self._commit(track, chosen, seconds)
-            if chosen:
-                victims[request_id] = chosen
+            assert track.pending is not None
+            assert track.scores is not None
+            victims[request_id] = tuple(
+                _lowest(candidates, scores, len(candidates) - track.pending.keep)
+                for candidates, scores in zip(track.pending.candidates, track.scores, strict=True)
+            )
+            self._evict(request_id, track, victims[request_id])
         self._ready.clear()
-        self._drops.update(victims)
         return victims
 
-    def _candidates(self, track: Track, num_tokens: int) -> list[int]:
-        """Unprotected live blocks whose tokens are all older than the window."""
-        end = (num_tokens - self.config.window) // self.block_size
-        return track.survivors + list(range(track.next_block, end))
+    def compactions(self) -> dict[str, Selection]:
+        """Token granularity: the requests that lose tokens now, for the caller to find targets.
 
-    def _choose(self, track: Track) -> list[int]:
-        assert track.observed_at is not None
-        assert track.scores is not None
-        num_tokens, scores = track.observed_at, track.scores
-        live = blocks_for(track.unprotected(num_tokens, self.block_size), self.block_size)
-        candidates = self._candidates(track, num_tokens)
-        candidates.sort(key=lambda block: (scores[block], block))
-        return sorted(candidates[: max(0, live - track.budget)])
+        The caller answers each with `compacted` or `postpone`, before it allocates."""
+        due = {}
+        for request_id in self._ready:
+            pending = self.tracks[request_id].pending
+            assert pending is not None
+            due[request_id] = pending
+        self._ready.clear()
+        return due
 
-    def _commit(self, track: Track, chosen: list[int], seconds: float) -> None:
-        assert track.observed_at is not None
-        num_tokens = track.observed_at
-        track.observed_at = track.scores = None
-        if not chosen:
-            self.stats.skip("no_candidates")
-            return
-        gone = set(chosen)
-        candidates = self._candidates(track, num_tokens)
-        track.next_block = max(track.next_block, candidates[-1] + 1)
-        track.survivors = [block for block in candidates if block not in gone]
-        track.holes += len(chosen)
+    def compacted(
+        self, request_id: str, targets: list[int], fresh: dict[int, dict[int, int]]
+    ) -> None:
+        """The survivors of a request go to these logical blocks; the next plan tells the worker."""
+        track = self.tracks[request_id]
+        assert track.pending is not None
+        self._next.compact[request_id] = Compaction(track.pending, targets, fresh)
+        stay = set(targets)
+        gone = [block for block in track.pending.candidates[0] if block not in stay]
+        self._evict(request_id, track, (gone,))
+
+    def postpone(self, request_id: str, reason: str) -> None:
+        """The request cannot lose tokens now; it falls due again in its next step."""
+        self.tracks[request_id].pending = None
+        self.stats.skip(reason)
+
+    def _evict(self, request_id: str, track: Track, gone: tuple[list[int], ...]) -> None:
+        assert track.pending is not None
+        seen, track.pending, track.scores = track.pending, None, None
+        track.next_block = max(track.next_block, *(group[-1] + 1 for group in seen.candidates))
+        track.survivors = tuple(
+            sorted(set(candidates) - set(left))
+            for candidates, left in zip(seen.candidates, gone, strict=True)
+        )
+        track.holes += len(gone[0])
         track.events += 1
         track.warned = False
+        self._next.drops[request_id] = gone
         self.stats.record_eviction(
-            blocks_freed=len(chosen),
-            tokens_evicted=len(chosen) * self.block_size,
-            live_tokens=num_tokens - track.holes * self.block_size,
-            seconds=seconds,
+            blocks_freed=sum(map(len, gone)),
+            tokens_evicted=len(gone[0]) * self.block_size,
+            live_tokens=seen.num_tokens - track.holes * self.block_size,
         )
 
     # ---- after vLLM has scheduled
@@ -203,54 +230,66 @@ class EvictionPlanner:
         """The worker's orders for the step just scheduled.
 
         `scheduled`: request id and the tokens it will have computed after this step."""
-        plan = StepPlan()
+        plan, self._next = self._next, StepPlan()
         for request_id, num_tokens in scheduled:
             track = self.tracks.get(request_id)
             if track is not None:
                 self._plan_request(plan, request_id, track, num_tokens)
-        plan.drops, self._drops = self._drops, {}
-        plan.reset, self._reset = self._reset, []
         return plan
 
     def _plan_request(self, plan: StepPlan, request_id: str, track: Track, num_tokens: int) -> None:
+        if self.needs.attention_mass:
+            plan.accumulate[request_id] = track.protected * self.block_size
         unprotected = track.unprotected(num_tokens, self.block_size)
         if unprotected <= track.due - self.config.window:
             return
         self._warn_if_overdue(request_id, track, unprotected)
-        is_due = unprotected >= track.due and track.observed_at is None
-        if not self.policy.needs_queries:
-            if is_due:
-                self._rank_now(request_id, track, num_tokens)
-            return
-        if track.slot is None and not self._acquire_slot(track):
+        if self._needs_slot and track.slot is None and not self._acquire_slot(plan, track):
             track.unrecorded = num_tokens
             self.stats.skip("no_slot")
             return
-        assert track.slot is not None
-        plan.record[request_id] = Recording(track.slot, num_tokens)
+        if self.needs.queries:
+            assert track.slot is not None
+            plan.record[request_id] = Recording(track.slot, num_tokens)
         # Only a slot that came late can lack queries of the window.
-        if is_due and num_tokens - track.unrecorded >= self.config.window:
-            track.observed_at = num_tokens
-            plan.observe[request_id] = Observation(track.slot, track.epoch, num_tokens)
+        whole_window = num_tokens - track.unrecorded >= self.config.window
+        if unprotected >= track.due and track.pending is None and whole_window:
+            self._select(plan, request_id, track, num_tokens)
 
-    def _rank_now(self, request_id: str, track: Track, num_tokens: int) -> None:
-        """A policy that needs no queries ranks in the step that makes the request due."""
-        started = time.perf_counter()
-        candidates = self._candidates(track, num_tokens)
-        ranks = self.policy.rank(RankView(key=track.key, event=track.events, blocks=candidates))
-        scores = [0.0] * blocks_for(num_tokens, self.block_size)
-        for block, rank in zip(candidates, ranks, strict=True):
-            scores[block] = rank
-        track.observed_at, track.scores = num_tokens, scores
-        track.ready_seconds = time.perf_counter() - started
-        self._ready[request_id] = None
+    @property
+    def _needs_slot(self) -> bool:
+        return self.needs.queries or (self.needs.history and not self.config.moves_tokens)
 
-    def _acquire_slot(self, track: Track) -> bool:
+    def _acquire_slot(self, plan: StepPlan, track: Track) -> bool:
         if not self._free_slots:
             return False
         track.slot = self._free_slots.pop()
-        self._reset.append(track.slot)
+        plan.reset.append(track.slot)
         return True
+
+    def _select(self, plan: StepPlan, request_id: str, track: Track, num_tokens: int) -> None:
+        """The request is due once this step is done: say among which blocks to choose."""
+        end = (num_tokens - self.config.window) // self.block_size
+        candidates = tuple(group + list(range(track.next_block, end)) for group in track.survivors)
+        live = blocks_for(track.unprotected(num_tokens, self.block_size), self.block_size)
+        keep = len(candidates[0]) - (live - track.budget)
+        if not 0 <= keep < len(candidates[0]):
+            self.stats.skip("no_candidates")
+            return
+        track.pending = Selection(
+            slot=track.slot,
+            num_tokens=num_tokens,
+            protected=track.protected,
+            candidates=candidates,
+            keep=keep,
+            remembered=len(track.survivors[0]),
+            event=track.events,
+            key=track.key,
+        )
+        if self.config.moves_tokens:
+            self._ready[request_id] = None
+        else:
+            plan.observe[request_id] = Observation(track.epoch, track.pending)
 
     def _warn_if_overdue(self, request_id: str, track: Track, unprotected: int) -> None:
         if unprotected < OVERDUE_FACTOR * track.due or track.warned:
@@ -263,3 +302,20 @@ class EvictionPlanner:
             unprotected,
             unprotected // track.due,
         )
+
+
+def _lowest(blocks: list[int], scores: Sequence[float], count: int) -> list[int]:
+    """The `count` blocks of lowest score, in order; of equals the older ones."""
+    order = sorted(range(len(blocks)), key=lambda i: (scores[i], i))
+    return sorted(blocks[i] for i in order[:count])
+
+
+def choose_targets(private: Sequence[bool], keep: int) -> tuple[list[int], list[int]]:
+    """Where `keep` blocks of survivors go: places among the candidates, and which need a new block.
+
+    The first private ones: what leads there keeps its place. A shared block is never written, so
+    if the private ones are too few, the first shared ones are replaced by new blocks."""
+    own = [place for place, is_private in enumerate(private) if is_private][:keep]
+    shared = [place for place, is_private in enumerate(private) if not is_private]
+    fresh = shared[: keep - len(own)]
+    return sorted(own + fresh), fresh

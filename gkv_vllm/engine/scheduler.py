@@ -22,8 +22,8 @@ from gkv_vllm.engine.footprint import (
     protected_blocks,
     slot_count,
 )
-from gkv_vllm.engine.plan import PLAN_ATTRIBUTE, SCORES_ATTRIBUTE
-from gkv_vllm.engine.planner import EvictionPlanner
+from gkv_vllm.engine.plan import PLAN_ATTRIBUTE, REPORT_ATTRIBUTE, Selection
+from gkv_vllm.engine.planner import EvictionPlanner, choose_targets
 from gkv_vllm.engine.spec import in_flight_tokens, steps_ahead
 from gkv_vllm.policies import registry
 
@@ -53,7 +53,7 @@ class EvictionMixin(Scheduler):
         self._check_pool(block_size)
         self.planner = EvictionPlanner(
             self.kv_policy,
-            registry.create(self.kv_policy.policy, self.kv_policy.policy_config),
+            registry.create(self.kv_policy.policy, self.kv_policy.policy_config).needs,
             block_size=block_size,
             num_slots=slot_count(
                 self.scheduler_config.max_num_seqs,
@@ -77,6 +77,12 @@ class EvictionMixin(Scheduler):
                 if not sizes
                 else f"the full-attention layers use blocks of different sizes {sorted(sizes)}, "
                 "and a KV policy needs one"
+            )
+        groups = {manager.layer_group for manager in managers}
+        if len(groups) != self.kv_policy.layer_groups:
+            raise ConfigError(
+                f"kv_policy layer_groups={self.kv_policy.layer_groups}, but the model's "
+                f"full-attention layers can be split into {len(groups)} at most; lower layer_groups"
             )
         return managers
 
@@ -122,7 +128,7 @@ class EvictionMixin(Scheduler):
             request.request_id,
             prompt_tokens=request.num_prompt_tokens,
             policy=policy,
-            key=0 if self.planner.policy.needs_queries else _request_key(request),
+            key=_request_key(request) if self.planner.needs.seeded else 0,
         )
         room = self.max_model_len - request.num_prompt_tokens
         if policy.evict:
@@ -201,7 +207,29 @@ class EvictionMixin(Scheduler):
         for request_id, blocks in self.planner.evictions().items():
             exact_tokens = self.requests[request_id].num_computed_tokens
             for manager in self.evicting_managers:
-                manager.evict(request_id, blocks, exact_tokens)
+                manager.evict(request_id, blocks[manager.layer_group], exact_tokens)
+        for request_id, selection in self.planner.compactions().items():
+            self._compact(request_id, selection)
+
+    def _compact(self, request_id: str, selection: Selection) -> None:
+        """Find blocks for the survivors of a request and free the others."""
+        (candidates,) = selection.candidates
+        managers = self.evicting_managers
+        private = [manager.private(request_id, candidates) for manager in managers]
+        places, fresh = choose_targets([all(of) for of in zip(*private)], selection.keep)
+        if len(fresh) * len(managers) > self.kv_cache_manager.block_pool.get_num_free_blocks():
+            self.planner.postpone(request_id, "no_free_block")
+            return
+        targets, renewed = [candidates[i] for i in places], [candidates[i] for i in fresh]
+        gone = sorted(set(candidates) - set(targets))
+        exact_tokens = self.requests[request_id].num_computed_tokens
+        new_ids: dict[int, dict[int, int]] = {}
+        for manager in managers:
+            ids = manager.repurpose(request_id, targets, renewed, exact_tokens)
+            if ids:
+                new_ids[manager.kv_cache_group_id] = ids
+            manager.evict(request_id, gone, exact_tokens)
+        self.planner.compacted(request_id, targets, new_ids)
 
     def _progress(self, scheduled: Iterable[str]) -> Iterable[tuple[str, int]]:
         """Requests of this step and the tokens each has computed once it is done.
@@ -212,9 +240,9 @@ class EvictionMixin(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
-        scores = getattr(model_runner_output, SCORES_ATTRIBUTE, None)
-        if scores is not None:
-            self.planner.accept(scores)
+        report = getattr(model_runner_output, REPORT_ATTRIBUTE, None)
+        if report is not None:
+            self.planner.accept(report)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:

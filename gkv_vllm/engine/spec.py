@@ -30,6 +30,13 @@ def in_flight_tokens(vllm_config: VllmConfig) -> int:
     return steps_ahead(vllm_config) * vllm_config.scheduler_config.max_num_batched_tokens
 
 
+def split_layers(layers: int, groups: int, split: str) -> list[int]:
+    """The layer group of each layer: neighbours together (`contiguous`) or dealt out in turn."""
+    if split == "interleaved":
+        return [layer % groups for layer in range(layers)]
+    return [layer * groups // layers for layer in range(layers)]
+
+
 @dataclass(frozen=True)
 class RequestBound:
     """What bounds a request with the server's settings, in tokens: good for any block size."""
@@ -51,13 +58,17 @@ class GKVSpec(FullAttentionSpec):
     """Full attention over a table with holes: same pages, bounded number of them per request."""
 
     bound: RequestBound | None = None
+    layer_group: int = 0
+    """Layers of one group keep the same blocks."""
 
     @classmethod
-    def from_full_attention(cls, spec: FullAttentionSpec, config: KVPolicyConfig) -> Self:
+    def from_full_attention(
+        cls, spec: FullAttentionSpec, config: KVPolicyConfig, layer_group: int = 0
+    ) -> Self:
         """The same pages as `spec`, bounded by the server's settings."""
         inherited = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
         bound = RequestBound(config.protect, config.reserved_prompt, config.budget, config.interval)
-        return cls(**inherited, bound=bound)
+        return cls(**inherited, bound=bound, layer_group=layer_group)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of the most blocks a request holds: makes "Maximum concurrency" true."""
@@ -71,4 +82,4 @@ class GKVSpec(FullAttentionSpec):
     def merge(cls, specs: list[Self]) -> Self:
         """One spec for all layers of a group (vLLM's merge, which knows only its own fields)."""
         assert all(isinstance(spec, GKVSpec) for spec in specs), "evictable and other layers mixed"
-        return replace(super().merge(specs), bound=specs[0].bound)
+        return replace(super().merge(specs), bound=specs[0].bound, layer_group=specs[0].layer_group)

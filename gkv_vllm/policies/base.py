@@ -27,6 +27,9 @@ class Needs:
     Costs a second pass over the keys in every step, and prompts are reused from the prefix cache
     only as far as they are protected: a query that is not computed gives no attention."""
 
+    seeded: bool = False
+    """A number that is the same for the same prompt and seed: `view.key`."""
+
     @property
     def paged(self) -> bool:
         """Whether every cached token has a number of its own that moves along with it."""

@@ -1,61 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""Carries out a step plan on the worker: drop, reset, record, score. Decides nothing."""
+"""Carries out a step plan on the worker: compact, drop, reset, record, score. Decides nothing."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
-from gkv_vllm.engine.plan import BlockScores, StepPlan
+from gkv_vllm.attention.live_table import NULL_BLOCK
+from gkv_vllm.engine.plan import StepPlan, WorkerReport
+from gkv_vllm.worker.mass import MassIndex
 from gkv_vllm.worker.rings import RingIndex
 from gkv_vllm.worker.runner_v1 import RunnerAdapter
-from gkv_vllm.worker.scorer import BlockScorer
+from gkv_vllm.worker.scorer import BlockTable, Scorer
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
+
+T = TypeVar("T")
 
 
 class Evictor:
     """One step: `begin`, then vLLM's forward (which calls `begin_forward`), then `finish`."""
 
     def __init__(
-        self, runner: RunnerAdapter, scorer: BlockScorer | None, ring_index: RingIndex | None
+        self,
+        runner: RunnerAdapter,
+        scorer: Scorer,
+        layer_group_of: dict[int, int],
+        *,
+        ring_index: RingIndex | None = None,
+        mass_index: MassIndex | None = None,
     ) -> None:
         self.runner = runner
         self.scorer = scorer
+        self.layer_group_of = layer_group_of
+        """KV cache groups that lose blocks, and the layer group of each."""
         self.ring_index = ring_index
+        self.mass_index = mass_index
         self.plan: StepPlan | None = None
+        self._events = 0
+        self._seconds = 0.0
 
     def begin(self, plan: StepPlan | None) -> None:
-        """Before the runner builds its inputs."""
+        """Before the runner builds its inputs, and before it writes or zeroes any block."""
         self.plan = plan
-        if self.ring_index is not None:
-            self.ring_index.clear()
+        self._clear_indices()
         if plan is None:
             return
-        for request_id, blocks in plan.drops.items():
-            self.runner.drop_blocks(request_id, blocks)
-        if plan.reset and self.scorer is not None:
-            self.scorer.reset(plan.reset)
+        for request_id, order in plan.compact.items():
+            self._timed(partial(self.scorer.compact, order, self._table(request_id)))
+            for group, ids in order.fresh.items():
+                self.runner.set_blocks(request_id, group, list(ids), list(ids.values()))
+        for request_id, dropped in plan.drops.items():
+            for group, layer_group in self.layer_group_of.items():
+                blocks = dropped[layer_group]
+                self.runner.set_blocks(request_id, group, blocks, [NULL_BLOCK] * len(blocks))
+        self.scorer.reset(plan.reset)
 
-    def begin_forward(self, metadata: CommonAttentionMetadata) -> None:
-        """The batch is known: say which of its tokens the rings keep."""
-        if self.plan is None or not self.plan.record or self.ring_index is None:
+    def begin_forward(
+        self, group: int, metadata: CommonAttentionMetadata, live: CommonAttentionMetadata
+    ) -> None:
+        """The batch of a KV cache group is known, as the runner sees it and as attention will."""
+        if self.plan is None:
             return
-        rows, starts = self.runner.batch(), metadata.query_start_loc_cpu.tolist()
-        self.ring_index.fill(
-            [
-                (recording, starts[rows[request_id]], starts[rows[request_id] + 1])
-                for request_id, recording in self.plan.record.items()
-            ]
-        )
+        if self.plan.record and self.ring_index is not None and not self.ring_index.filled:
+            rows, starts = self.runner.batch(), metadata.query_start_loc_cpu.tolist()
+            self.ring_index.fill(
+                [
+                    (recording, starts[rows[request_id]], starts[rows[request_id] + 1])
+                    for request_id, recording in self.plan.record.items()
+                ]
+            )
+        if self.plan.accumulate and self.mass_index is not None:
+            rows = self.runner.batch()
+            self.mass_index.fill(
+                group,
+                live.block_table_tensor,
+                live.seq_lens,
+                live.query_start_loc,
+                {rows[request_id]: tokens for request_id, tokens in self.plan.accumulate.items()},
+            )
 
-    def finish(self) -> BlockScores | None:
-        """After the forward: the scores of the observed requests, if there are any."""
+    def finish(self) -> WorkerReport | None:
+        """After the forward: what happened in this step, if anything did."""
         plan, self.plan = self.plan, None
-        if self.ring_index is not None:
-            # A dummy batch may run before the next plan: it must not reach the rings.
-            self.ring_index.clear()
-        if plan is None or not plan.observe or self.scorer is None:
+        # A dummy batch may run before the next plan: it must leave no trace.
+        self._clear_indices()
+        scores = {}
+        for request_id, seen in plan.observe.items() if plan else ():
+            score = partial(self.scorer.block_scores, seen.selection, self._table(request_id))
+            scores[request_id] = seen.epoch, self._timed(score)
+        if not self._events:
             return None
-        return self.scorer.score(plan.observe, self.runner.block_ids)
+        report = WorkerReport(scores, self._events, self._seconds)
+        self._events, self._seconds = 0, 0.0
+        return report
+
+    def _table(self, request_id: str) -> BlockTable:
+        return partial(self.runner.block_ids, request_id)
+
+    def _timed(self, work: Callable[[], T]) -> T:
+        started = time.perf_counter()
+        result = work()
+        self._events += 1
+        self._seconds += time.perf_counter() - started
+        return result
+
+    def _clear_indices(self) -> None:
+        if self.ring_index is not None:
+            self.ring_index.clear()
+        if self.mass_index is not None:
+            self.mass_index.clear()

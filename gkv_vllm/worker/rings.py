@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gkv_vllm.engine.plan import Recording
+from gkv_vllm.ops.paged import PagedOps
 
 
 class RingIndex:
@@ -18,6 +19,16 @@ class RingIndex:
         self.device = device
         self.source: Tensor | None = None
         self.target: Tensor | None = None
+
+    def window_of(self, slot: int, num_tokens: int) -> Tensor:
+        """The places of the window before position `num_tokens`, oldest first: [window] int64."""
+        positions = torch.arange(num_tokens - self.window, num_tokens, device=self.device)
+        return positions % self.window + slot * self.window
+
+    @property
+    def filled(self) -> bool:
+        """Whether this step's places are known: they are the same in every KV cache group."""
+        return self.source is not None
 
     def clear(self) -> None:
         """Nothing is recorded until the next `fill`."""
@@ -44,9 +55,16 @@ class QueryRing:
     """The rings of one layer: [slots * window, query_heads, head_dim]."""
 
     def __init__(
-        self, index: RingIndex, slots: int, query_heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        index: RingIndex,
+        ops: PagedOps,
+        slots: int,
+        query_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
     ) -> None:
         self.index = index
+        self.ops = ops
         self.queries = torch.zeros(
             slots * index.window, query_heads, head_dim, dtype=dtype, device=index.device
         )
@@ -56,11 +74,8 @@ class QueryRing:
         if self.index.source is None:
             return
         assert self.index.target is not None
-        chosen = queries.index_select(0, self.index.source)
-        self.queries.index_copy_(0, self.index.target, chosen)
+        self.ops.store_window_queries(queries, self.index.source, self.index.target, self.queries)
 
-    def window_of(self, slot: int, num_tokens: int) -> Tensor:
-        """The window before position `num_tokens`: [heads, window, head_dim], oldest first."""
-        window = self.index.window
-        places = (torch.arange(num_tokens - window, num_tokens) % window) + slot * window
-        return self.queries.index_select(0, places.to(self.queries.device)).transpose(0, 1)
+    def read(self, places: Tensor) -> Tensor:
+        """The queries at these places, such as `RingIndex.window_of`: [heads, window, head_dim]."""
+        return self.queries.index_select(0, places).transpose(0, 1)

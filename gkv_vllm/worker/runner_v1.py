@@ -4,16 +4,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
-
-from gkv_vllm.attention.live_table import NULL_BLOCK
 
 
 class RunnerAdapter(Protocol):
-    """What eviction needs from a model runner; `drop_blocks` comes before inputs are built."""
+    """What eviction needs from a model runner; `set_blocks` comes before inputs are built."""
 
-    def drop_blocks(self, request_id: str, blocks: list[int]) -> None:
-        """Null these logical blocks in the request's table, wherever the runner keeps it."""
+    def set_blocks(self, request_id: str, group: int, blocks: list[int], ids: list[int]) -> None:
+        """Write these ids at these logical blocks of a request's table, wherever it is kept.
+
+        group: the KV cache group. A request that the runner does not know is left alone."""
 
     def block_ids(self, request_id: str, group: int) -> list[int]:
         """The request's table in one KV cache group, in logical order, 0 where it has a hole."""
@@ -25,25 +26,30 @@ class RunnerAdapter(Protocol):
 class V1Runner:
     """Adapter for `GPUModelRunner` and `CPUModelRunner` of vLLM's V1 runner."""
 
-    def __init__(self, model_runner: Any, group_ids: list[int]) -> None:
+    def __init__(self, model_runner: Any) -> None:
         self.runner = model_runner
-        self.group_ids = group_ids
 
-    def drop_blocks(self, request_id: str, blocks: list[int]) -> None:
-        """A row is rebuilt from the request's state when it re-enters the batch, so null both."""
+    def set_blocks(self, request_id: str, group: int, blocks: list[int], ids: list[int]) -> None:
+        """A row is rebuilt from the request's state when it re-enters the batch, so write both."""
         state = self.runner.requests.get(request_id)
         if state is None:
             return
+        table = state.block_ids[group]
+        for block, block_id in zip(blocks, ids, strict=True):
+            table[block] = block_id
         row = self.runner.input_batch.req_id_to_index.get(request_id)
-        for group in self.group_ids:
-            table = state.block_ids[group]
-            for block in blocks:
-                table[block] = NULL_BLOCK
-            if row is not None:
-                self.runner.input_batch.block_table[group].block_table.np[row, blocks] = NULL_BLOCK
+        if row is not None:
+            self.runner.input_batch.block_table[group].block_table.np[row, blocks] = ids
 
     def block_ids(self, request_id: str, group: int) -> list[int]:
         return self.runner.requests[request_id].block_ids[group]
 
     def batch(self) -> dict[str, int]:
         return self.runner.input_batch.req_id_to_index
+
+    def watch(self, evictor: Any, groups: list[int]) -> None:
+        """Tell the evictor about each batch of these KV cache groups."""
+        for group in groups:
+            for attention_group in self.runner.attn_groups[group]:
+                for builder in attention_group.metadata_builders:
+                    builder.observe = partial(evictor.begin_forward, group)

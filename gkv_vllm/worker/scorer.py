@@ -1,140 +1,208 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""Scores the blocks of observed requests with the policy; keeps the score history of each slot."""
+"""Asks the policy what stays: block scores for the planner, or tokens that are moved at once."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gkv_vllm.engine.footprint import blocks_for
-from gkv_vllm.engine.plan import BlockScores, Observation
-from gkv_vllm.policies.base import LayerView, Policy
-from gkv_vllm.worker.rings import QueryRing
+from gkv_vllm.engine.plan import Compaction, Selection
+from gkv_vllm.ops.paged import PagedOps
+from gkv_vllm.ops.topk import topk_keep
+from gkv_vllm.policies.base import Policy
+from gkv_vllm.policies.view import LayerCache, View
+from gkv_vllm.worker.layers import EvictedLayer
 
-GATHER_BYTES = 64 << 20
-"""Keys gathered at a time: as many layers as fit in this."""
-
-
-@dataclass(slots=True)
-class ScoredLayer:
-    """One attention layer as the scorer sees it."""
-
-    group: int
-    """Its KV cache group: layers of different groups keep the same logical blocks elsewhere."""
-    kv_cache: Tensor
-    ring: QueryRing
-    kv_heads: int
-    head_dim: int
-    scale: float
-    softcap: float
+BlockTable = Callable[[int], Sequence[int]]
+"""A request's block table by KV cache group, in logical order, 0 where it has a hole."""
 
 
-GatherKeys = Callable[[Tensor, Tensor], Tensor]
-BlockTables = Callable[[str, int], list[int]]
-"""A request's block table in a KV cache group, 0 where it has a hole."""
+@dataclass(frozen=True)
+class Place:
+    """Where one request's live tokens are: block ids, one tensor for each KV cache group."""
+
+    live: dict[int, Tensor]
+    candidates: dict[int, Tensor]
 
 
-class BlockScorer:
-    """`block_scores[slot, layer, kv_head, block]` and the step that renews it."""
+class Scorer:
+    """Keeps what the policy remembers, and applies it to one request at a time."""
 
     def __init__(
         self,
         policy: Policy,
-        layers: list[ScoredLayer],
-        gather_keys: GatherKeys,
+        layers: list[EvictedLayer],
+        ops: PagedOps,
         *,
+        window: int,
+        block_size: int,
+        moves_tokens: bool,
+        scope: str,
         slots: int,
         max_blocks: int,
-        block_size: int,
     ) -> None:
         self.policy = policy
         self.layers = layers
-        self.gather_keys = gather_keys
+        self.ops = ops
+        self.window = window
         self.block_size = block_size
-        kv_heads = layers[0].kv_heads
+        self.moves_tokens = moves_tokens
+        self.scope = scope
         shapes = {(x.kv_heads, x.head_dim, x.scale, x.softcap) for x in layers}
         if len(shapes) > 1:
             raise ValueError(
                 "a KV policy scores all full-attention layers together, but they differ in "
                 f"(KV heads, head size, scale, soft cap): {sorted(shapes)}"
             )
-        self.history = torch.zeros(slots, len(layers), kv_heads, max_blocks)
+        self.layer_groups = [
+            [i for i, layer in enumerate(layers) if layer.layer_group == group]
+            for group in sorted({layer.layer_group for layer in layers})
+        ]
+        self.history: Tensor | None = None
+        """Block granularity: [slots, layers, kv_heads, blocks], by logical block."""
+        if policy.needs.history and not moves_tokens:
+            self.history = torch.zeros(slots, len(layers), layers[0].kv_heads, max_blocks)
 
     def reset(self, slots: list[int]) -> None:
         """These slots belong to other requests now."""
-        self.history[slots] = 0
+        if self.history is not None:
+            self.history[slots] = 0
 
-    def score(self, observed: dict[str, Observation], tables: BlockTables) -> BlockScores:
-        """Score every observed request."""
-        started = time.perf_counter()
-        scores: dict[str, tuple[int, Sequence[float]]] = {
-            request_id: (seen.epoch, self._score_one(request_id, seen, tables))
-            for request_id, seen in observed.items()
-        }
-        return BlockScores(scores, time.perf_counter() - started)
+    # ---- block granularity
 
-    def _score_one(self, request_id: str, seen: Observation, tables: BlockTables) -> list[float]:
+    def block_scores(self, seen: Selection, table: BlockTable) -> list[Sequence[float]]:
+        """Per layer group one score for each candidate block of an observed request."""
+        scores, _ = self._score(seen, self._locate(seen, table))
+        return [
+            self.policy.combine(scores[members].flatten(0, 1)).tolist()
+            for members in self.layer_groups
+        ]
+
+    # ---- token granularity
+
+    def compact(self, order: Compaction, table: BlockTable) -> None:
+        """Move the surviving tokens of a request into its target blocks, in every layer.
+
+        Must come before anything of this step is written into a block."""
+        seen = order.selection
+        place = self._locate(seen, table)
+        scores, view = self._score(seen, place)
+        if self.scope == "layer":
+            scores = self.policy.combine(scores)[:, None]
+        elif self.scope == "all":
+            scores = self.policy.combine(scores.flatten(0, 1))[None, None]
+        keep = topk_keep(scores, view.keep).expand(len(self.layers), -1, -1)
+        targets = {}
+        for group in place.live:
+            ids, fresh = table(group), order.fresh.get(group, {})
+            targets[group] = torch.tensor([fresh.get(b, ids[b]) for b in order.targets])
+        for layer, kept in zip(self.layers, keep, strict=True):
+            self.ops.compact(
+                layer.kv_cache,
+                layer.plane,
+                place.candidates[layer.kv_group],
+                targets[layer.kv_group],
+                kept,
+            )
+
+    # ---- both
+
+    def _locate(self, seen: Selection, table: BlockTable) -> Place:
         used = blocks_for(seen.num_tokens, self.block_size)
-        first_table = tables(request_id, self.layers[0].group)
-        live = [block for block in range(used) if first_table[block]]  # in every group the same
-        live_tokens = seen.num_tokens - (used - len(live)) * self.block_size
-        history, columns = self.history[seen.slot], torch.tensor(live)
-        for layers in self._layer_ranges(len(live)):
-            table = tables(request_id, self.layers[layers.start].group)
-            ids = torch.tensor([table[block] for block in live])
-            view = self._view(seen, layers, ids, live_tokens, history[layers, :, columns])
-            history[layers, :, columns] = self.policy.score(view)
-        by_block = torch.zeros(used)
-        by_block[columns] = self.policy.combine(history[:, :, columns])
-        return by_block.tolist()
+        recent = range((seen.num_tokens - self.window) // self.block_size, used)
+        place = Place({}, {})
+        for layer in self.layers:
+            if layer.kv_group in place.live:
+                continue
+            ids, candidates = table(layer.kv_group), seen.candidates[layer.layer_group]
+            live = [*range(seen.protected), *candidates, *recent]
+            place.live[layer.kv_group] = torch.tensor([ids[block] for block in live])
+            place.candidates[layer.kv_group] = torch.tensor([ids[block] for block in candidates])
+        return place
 
-    def _layer_ranges(self, num_blocks: int) -> list[slice]:
-        """Runs of layers of one group whose keys fit in GATHER_BYTES."""
-        layer = self.layers[0]
-        per_layer = 4 * num_blocks * self.block_size * layer.kv_heads * layer.head_dim
-        most = max(1, GATHER_BYTES // max(1, per_layer))
-        ranges, start = [], 0
-        for i in range(1, len(self.layers) + 1):
-            ends = i == len(self.layers) or self.layers[i].group != self.layers[start].group
-            if ends or i - start == most:
-                ranges.append(slice(start, i))
-                start = i
-        return ranges
+    def _score(self, seen: Selection, place: Place) -> tuple[Tensor, View]:
+        """Scores [layers, kv_heads, units], and the view that they come from."""
+        view = self._view(seen, place)
+        if self.policy.needs.history:
+            view = replace(view, history=self._recall(seen, place))
+            view = replace(view, history=self.policy.update(view))
+            assert view.history is not None
+            self._remember(seen, place, view.history)
+        return self.policy.score(view), view
 
-    def _view(
-        self,
-        seen: Observation,
-        chosen: slice,
-        ids: Tensor,
-        live_tokens: int,
-        history: Tensor,
-    ) -> LayerView:
-        layers = self.layers[chosen]
-        return LayerView(
-            queries=torch.stack([x.ring.window_of(seen.slot, seen.num_tokens) for x in layers]),
-            keys=torch.stack([self.gather_keys(x.kv_cache, ids)[:, :live_tokens] for x in layers]),
-            scale=layers[0].scale,
-            softcap=layers[0].softcap,
+    def _view(self, seen: Selection, place: Place) -> View:
+        first, unit = self.layers[0], 1 if self.moves_tokens else self.block_size
+        num_blocks = len(seen.candidates[0])
+        gone = seen.candidates[0][-1] + 1 - seen.protected - num_blocks
+        return View(
+            ops=self.ops,
+            layers=[LayerCache(x.kv_cache, place.live[x.kv_group], x.plane) for x in self.layers],
+            queries=self._window_queries(seen) if self.policy.needs.queries else None,
+            history=None,
+            scale=first.scale,
+            softcap=first.softcap,
+            window=self.window,
+            live_tokens=seen.num_tokens - gone * self.block_size,
+            protected=seen.protected * self.block_size,
+            num_candidates=num_blocks * self.block_size,
+            keep=seen.keep * self.block_size // unit,
+            remembered=seen.remembered * self.block_size // unit,
             block_size=self.block_size,
-            history=history,
+            unit=unit,
+            event=seen.event,
+            key=seen.key,
         )
 
+    def _window_queries(self, seen: Selection) -> Tensor:
+        rings = [layer.ring for layer in self.layers if layer.ring is not None]
+        assert seen.slot is not None
+        places = rings[0].index.window_of(seen.slot, seen.num_tokens)
+        return torch.stack([ring.read(places) for ring in rings])
 
-def state_bytes_per_slot(
-    *,
-    layers: int,
-    query_heads: int,
-    kv_heads: int,
-    head_dim: int,
-    window: int,
-    max_blocks: int,
-    query_itemsize: int,
-) -> int:
-    """What one slot costs on the worker: its query rings and its float32 score history."""
-    rings = layers * window * query_heads * head_dim * query_itemsize
-    return rings + layers * kv_heads * max_blocks * 4
+    def _recall(self, seen: Selection, place: Place) -> Tensor:
+        """What the policy's `update` returned at the last eviction, for what stayed since."""
+        if self.history is not None:
+            return torch.stack(
+                [
+                    self.history[seen.slot, i][:, seen.candidates[layer.layer_group]]
+                    for i, layer in enumerate(self.layers)
+                ]
+            )
+        planes = [
+            layer.plane[place.candidates[layer.kv_group]].transpose(0, 1).flatten(1)
+            for layer in self.layers
+            if layer.plane is not None
+        ]
+        history = torch.stack(planes)
+        history[..., seen.remembered * self.block_size :] = 0
+        return history
+
+    def _remember(self, seen: Selection, place: Place, history: Tensor) -> None:
+        for i, layer in enumerate(self.layers):
+            if self.history is not None:
+                self.history[seen.slot, i][:, seen.candidates[layer.layer_group]] = history[i]
+            else:
+                assert layer.plane is not None
+                ids = place.candidates[layer.kv_group]
+                by_block = history[i].unflatten(-1, (-1, self.block_size))
+                layer.plane[ids] = by_block.transpose(0, 1)
+
+
+def ring_bytes(*, layers: int, query_heads: int, head_dim: int, window: int, itemsize: int) -> int:
+    """What the query rings of one slot cost."""
+    return layers * window * query_heads * head_dim * itemsize
+
+
+def history_bytes(*, layers: int, kv_heads: int, max_blocks: int) -> int:
+    """What the block history of one slot costs (float32)."""
+    return 4 * layers * kv_heads * max_blocks
+
+
+def plane_bytes(*, layers: int, kv_heads: int, block_size: int) -> int:
+    """What one number per token costs for each KV block (float32)."""
+    return 4 * layers * kv_heads * block_size

@@ -16,13 +16,16 @@ from vllm.v1.worker.gpu_worker import Worker
 from gkv_vllm.attention import cpu as cpu_attention
 from gkv_vllm.config import ConfigError, KVPolicyConfig
 from gkv_vllm.engine.footprint import blocks_for, slot_count
-from gkv_vllm.engine.plan import PLAN_ATTRIBUTE, SCORES_ATTRIBUTE, BlockScores
-from gkv_vllm.engine.spec import GKVSpec
+from gkv_vllm.engine.plan import PLAN_ATTRIBUTE, REPORT_ATTRIBUTE, WorkerReport
+from gkv_vllm.engine.spec import GKVSpec, split_layers
+from gkv_vllm.ops import paged
 from gkv_vllm.policies import registry
 from gkv_vllm.worker.evictor import Evictor
+from gkv_vllm.worker.layers import EvictedLayer
+from gkv_vllm.worker.mass import MassIndex
 from gkv_vllm.worker.rings import QueryRing, RingIndex
 from gkv_vllm.worker.runner_v1 import V1Runner
-from gkv_vllm.worker.scorer import BlockScorer, ScoredLayer, state_bytes_per_slot
+from gkv_vllm.worker.scorer import Scorer, history_bytes, plane_bytes, ring_bytes
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -41,40 +44,48 @@ class EvictionWorkerMixin(Worker):
         )
         self.policy = registry.create(self.kv_policy.policy, self.kv_policy.policy_config)
         self.evictor: Evictor | None = None
-        self._scores: BlockScores | None = None
+        self._report: WorkerReport | None = None
 
     # ---- start-up
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, with ours for every plain full-attention layer; all others stay."""
-        return {
-            name: GKVSpec.from_full_attention(spec, self.kv_policy)
+        specs = super().get_kv_cache_spec()
+        evictable = [
+            name
+            for name, spec in specs.items()
             if type(spec) is FullAttentionSpec and spec.sliding_window is None
-            else spec
-            for name, spec in super().get_kv_cache_spec().items()
-        }
+        ]
+        groups = split_layers(
+            len(evictable), self.kv_policy.layer_groups, self.kv_policy.layer_split
+        )
+        for name, group in zip(evictable, groups, strict=True):
+            specs[name] = GKVSpec.from_full_attention(specs[name], self.kv_policy, group)
+        return specs
 
     def determine_available_memory(self) -> int:
-        """Leave room for rings and history: as many slots as the remaining pool can need."""
+        """Leave room for what is kept beside the cache: per block, and per request with a slot."""
         available = super().determine_available_memory()
-        specs = self._evictable_specs(self.get_kv_cache_spec())
-        if not specs or not self.policy.needs_queries:
+        specs = [s for s in self.get_kv_cache_spec().values() if isinstance(s, GKVSpec)]
+        if not specs:
             return available
-        block_bytes = sum(spec.page_size_bytes for spec in specs.values())
+        block_bytes = sum(spec.page_size_bytes for spec in specs)
         override = self.cache_config.num_gpu_blocks_override
         pool = override if override is not None else available // block_bytes
+        beside = self._plane_bytes(specs)
         slot_bytes = self._slot_bytes(specs)
-        reserved = self._slots(pool, next(iter(specs.values())).block_size) * slot_bytes
+        slots = self._slots(pool, specs[0].block_size) if slot_bytes else 0
         logger.info(
-            "KV policy %s: %.1f MiB for query rings and score history (%.1f KiB per request)",
+            "KV policy %s: query rings and block history take %.1f KiB per request, %.1f MiB for "
+            "%d requests; scores of tokens take %.2f %% of the KV cache, %d bytes per token",
             self.kv_policy.policy,
-            reserved / 2**20,
             slot_bytes / 2**10,
+            slots * slot_bytes / 2**20,
+            slots,
+            100 * beside / block_bytes,
+            beside // specs[0].block_size,
         )
-        return available - reserved
-
-    def _evictable_specs(self, specs: dict[str, KVCacheSpec]) -> dict[str, GKVSpec]:
-        return {name: spec for name, spec in specs.items() if isinstance(spec, GKVSpec)}
+        return int((available - slots * slot_bytes) * block_bytes / (block_bytes + beside))
 
     def _slots(self, pool_blocks: int, block_size: int) -> int:
         return slot_count(
@@ -84,83 +95,118 @@ class EvictionWorkerMixin(Worker):
             block_size,
         )
 
-    def _slot_bytes(self, specs: dict[str, GKVSpec]) -> int:
-        spec = next(iter(specs.values()))
-        return state_bytes_per_slot(
+    def _slot_bytes(self, specs: list[GKVSpec]) -> int:
+        """Query rings, and block history unless scores are kept per token."""
+        spec, needs = specs[0], self.policy.needs
+        rings = ring_bytes(
             layers=len(specs),
             query_heads=self.model_config.get_num_attention_heads(self.parallel_config),
-            kv_heads=spec.num_kv_heads,
             head_dim=spec.head_size,
             window=self.kv_policy.window,
-            max_blocks=blocks_for(self.model_config.max_model_len, spec.block_size),
-            query_itemsize=self.model_config.dtype.itemsize,
+            itemsize=self.model_config.dtype.itemsize,
         )
+        history = history_bytes(
+            layers=len(specs),
+            kv_heads=spec.num_kv_heads,
+            max_blocks=blocks_for(self.model_config.max_model_len, spec.block_size),
+        )
+        in_slots = needs.history and not self.kv_policy.moves_tokens
+        return rings * needs.queries + history * in_slots
+
+    def _plane_bytes(self, specs: list[GKVSpec]) -> int:
+        """One number per token, for each KV block."""
+        if not self._has_planes():
+            return 0
+        return plane_bytes(
+            layers=len(specs), kv_heads=specs[0].num_kv_heads, block_size=specs[0].block_size
+        )
+
+    def _has_planes(self) -> bool:
+        needs = self.policy.needs
+        return needs.attention_mass or (needs.history and self.kv_policy.moves_tokens)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
         self.evictor = self._build_evictor(kv_cache_config)
 
     def _build_evictor(self, kv_cache_config: KVCacheConfig) -> Evictor:
-        group_ids: list[int] = []
-        owners: list[tuple[str, int]] = []
-        for index, group in enumerate(kv_cache_config.kv_cache_groups):
-            names = [n for n in group.layer_names if self._owns_cache(n)]
-            members = [n for n in names if self._spec_of(group, n) is not None]
-            if members and len(members) != len(names):
-                raise ConfigError(
-                    "vLLM put evictable and other layers into one KV cache group; serve this "
-                    "model without --kv-policy"
-                )
-            if members:
-                group_ids.append(index)
-                owners += [(n, index) for n in members]
-        runner = V1Runner(self.model_runner, group_ids)
-        if not self.policy.needs_queries:
-            return Evictor(runner, None, None)
-        block_size = kv_cache_config.kv_cache_groups[group_ids[0]].kv_cache_spec.block_size
+        owners = self._evicted_layers(kv_cache_config)
+        layer_group_of = {group: spec.layer_group for group, spec in owners.values()}
+        block_size = next(spec.block_size for _, spec in owners.values())
         slots = self._slots(kv_cache_config.num_blocks, block_size)
-        ring_index = RingIndex(self.kv_policy.window, self.device)
-        scorer = BlockScorer(
+        needs = self.policy.needs
+        ring_index = RingIndex(self.kv_policy.window, self.device) if needs.queries else None
+        mass_index = MassIndex() if needs.attention_mass else None
+        ops = paged.resolve(self.kv_policy.impl)
+        planes: dict[int, torch.Tensor] = {}
+        layers = []
+        for name, (group, spec) in owners.items():
+            impl, cache = self._layer(name).impl, self._layer(name).kv_cache
+            if self._has_planes() and cache.data_ptr() not in planes:
+                # Layers of different KV cache groups may share a tensor: so do their planes.
+                planes[cache.data_ptr()] = torch.zeros(
+                    kv_cache_config.num_blocks, impl.num_kv_heads, block_size, device=self.device
+                )
+            ring = None
+            if ring_index is not None:
+                ring = QueryRing(
+                    ring_index, ops, slots, impl.num_heads, impl.head_size, self.model_config.dtype
+                )
+            layer = EvictedLayer(
+                ops=ops,
+                kv_group=group,
+                layer_group=spec.layer_group,
+                kv_cache=cache,
+                plane=planes.get(cache.data_ptr()),
+                ring=ring,
+                mass=mass_index,
+                kv_heads=impl.num_kv_heads,
+                head_dim=impl.head_size,
+                scale=impl.scale,
+                softcap=impl.logits_soft_cap or 0.0,
+            )
+            if ring is not None or mass_index is not None:
+                impl.query_sink = layer
+            layers.append(layer)
+        scorer = Scorer(
             self.policy,
-            [self._scored_layer(*owner, ring_index, slots) for owner in owners],
-            cpu_attention.gather_keys,
+            layers,
+            ops,
+            window=self.kv_policy.window,
+            block_size=block_size,
+            moves_tokens=self.kv_policy.moves_tokens,
+            scope=self.kv_policy.scope,
             slots=slots,
             max_blocks=blocks_for(self.model_config.max_model_len, block_size),
-            block_size=block_size,
         )
-        evictor = Evictor(runner, scorer, ring_index)
-        for group_id in group_ids:
-            for attention_group in self.model_runner.attn_groups[group_id]:
-                for builder in attention_group.metadata_builders:
-                    builder.observer = evictor
+        runner = V1Runner(self.model_runner)
+        evictor = Evictor(
+            runner, scorer, layer_group_of, ring_index=ring_index, mass_index=mass_index
+        )
+        runner.watch(evictor, list(layer_group_of))
         return evictor
 
-    def _spec_of(self, group: Any, layer_name: str) -> GKVSpec | None:
-        spec = group.kv_cache_spec
-        by_layer = getattr(spec, "kv_cache_specs", None)
-        spec = by_layer.get(layer_name) if by_layer else spec
-        return spec if isinstance(spec, GKVSpec) else None
+    def _evicted_layers(self, kv_cache_config: KVCacheConfig) -> dict[str, tuple[int, GKVSpec]]:
+        """The layers that own an evictable cache: KV cache group and spec of each."""
+        owners: dict[str, tuple[int, GKVSpec]] = {}
+        for index, group in enumerate(kv_cache_config.kv_cache_groups):
+            names = [name for name in group.layer_names if self._owns_cache(name)]
+            specs = {name: _spec_of(group, name) for name in names}
+            ours = {name: spec for name, spec in specs.items() if isinstance(spec, GKVSpec)}
+            layer_groups = {spec.layer_group for spec in ours.values()}
+            if ours and (len(ours) < len(specs) or len(layer_groups) > 1):
+                raise ConfigError(
+                    "vLLM put layers that keep different blocks into one KV cache group; serve "
+                    "this model without --kv-policy, or with --kv-layer-groups 1"
+                )
+            owners |= {name: (index, spec) for name, spec in ours.items()}
+        return owners
 
     def _layer(self, name: str) -> Any:
         return self.vllm_config.compilation_config.static_forward_context[name]
 
     def _owns_cache(self, name: str) -> bool:
         return getattr(self._layer(name), "kv_sharing_target_layer_name", None) is None
-
-    def _scored_layer(self, name: str, group: int, index: RingIndex, slots: int) -> ScoredLayer:
-        layer = self._layer(name)
-        impl = layer.impl
-        ring = QueryRing(index, slots, impl.num_heads, impl.head_size, self.model_config.dtype)
-        impl.query_sink = ring
-        return ScoredLayer(
-            group=group,
-            kv_cache=layer.kv_cache,
-            ring=ring,
-            kv_heads=impl.num_kv_heads,
-            head_dim=impl.head_size,
-            scale=impl.scale,
-            softcap=impl.logits_soft_cap or 0.0,
-        )
 
     # ---- one step
 
@@ -169,20 +215,20 @@ class EvictionWorkerMixin(Worker):
         assert self.evictor is not None
         self.evictor.begin(getattr(scheduler_output, PLAN_ATTRIBUTE, None))
         output = super().execute_model(scheduler_output)
-        self._scores = self.evictor.finish()
+        self._report = self.evictor.finish()
         return output
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
         output = super().sample_tokens(grammar_output)
-        scores, self._scores = self._scores, None
-        if scores is not None:
+        report, self._report = self._report, None
+        if report is not None:
             # An asynchronous output is a promise; what it will return exists already.
             target = (
                 output._model_runner_output
                 if isinstance(output, AsyncModelRunnerOutput)
                 else output
             )
-            setattr(target, SCORES_ATTRIBUTE, scores)
+            setattr(target, REPORT_ATTRIBUTE, report)
         return output
 
 
@@ -192,3 +238,8 @@ class GKVCPUWorker(EvictionWorkerMixin, CPUWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         cpu_attention.register()
         super().__init__(*args, **kwargs)
+
+
+def _spec_of(group: Any, layer_name: str) -> KVCacheSpec:
+    by_layer = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    return by_layer.get(layer_name) if by_layer else group.kv_cache_spec
