@@ -8,6 +8,7 @@ Each section yields findings; the exit status is 1 when one of them is wrong.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ def run(command: Sequence[str] = ()) -> int:
         ("versions", versions),
         ("touches on vLLM", touches),
         ("policies", policies),
+        ("operators", operators),
         ("command line", lambda: command_line(command)),
         ("self-test", self_test),
     ]
@@ -84,6 +86,13 @@ def policies() -> Iterator[Finding]:
             yield Finding(True, f"{name}: {registry.create(name, {})!r}")
         except Exception as error:  # a third party's module may raise anything
             yield Finding(False, f"{name}: {error}")
+
+
+def operators() -> Iterator[Finding]:
+    """What would compute scores and move tokens here."""
+    from gkv_vllm.ops import paged
+
+    yield Finding(True, paged.describe())
 
 
 # --- a command line ------------------------------------------------------------------------------
@@ -171,15 +180,14 @@ def _expect(condition: bool, sentence: str) -> None:
         raise RuntimeError(sentence)
 
 
-def _toy(policy: str) -> tuple[Any, Any]:
+def _toy() -> tuple[Any, Any]:
     """A planner over blocks of 4 tokens, budget 16, interval 8, window 4; and its config."""
     from gkv_vllm.config import KVPolicyConfig
     from gkv_vllm.engine.planner import EvictionPlanner
-    from gkv_vllm.policies import registry
+    from gkv_vllm.policies.base import Needs
 
-    config = KVPolicyConfig(policy=policy, budget=16, interval=8, window=4)
-    planner = EvictionPlanner(config, registry.create(policy, {}), block_size=4, num_slots=1)
-    return planner, config
+    config = KVPolicyConfig(policy="toy", budget=16, interval=8, window=4)
+    return EvictionPlanner(config, Needs(), block_size=4, num_slots=1), config
 
 
 def _test_planner() -> str:
@@ -187,7 +195,9 @@ def _test_planner() -> str:
     from gkv_vllm.config import blocks_for
     from gkv_vllm.engine.footprint import peak_blocks
 
-    planner, config = _toy("recency")
+    from gkv_vllm.engine.plan import WorkerReport
+
+    planner, config = _toy()
     policy = config.for_request(None)
     planner.add("toy", prompt_tokens=6, policy=policy)
     bound = peak_blocks(
@@ -195,41 +205,53 @@ def _test_planner() -> str:
     )
     gone: set[int] = set()
     for num_tokens in range(6, 201):
-        gone.update(planner.evictions().get("toy", ()))
-        planner.plan([("toy", num_tokens)])
+        gone.update(*planner.evictions().get("toy", ()))
+        for seen in planner.plan([("toy", num_tokens)]).observe.values():
+            ranks = [float(block) for block in seen.selection.candidates[0]]
+            planner.accept(WorkerReport({"toy": (seen.epoch, [ranks])}, events=1, seconds=0.0))
         held = blocks_for(num_tokens, 4) - len(gone)
         _expect(held <= bound, f"{held} blocks held at {num_tokens} tokens, bound {bound}")
     _expect(bool(gone) and min(gone) == 2, f"protected blocks 0 and 1 must stay, gone: {gone}")
     kept = sorted(set(range(50)) - gone)
-    _expect(kept == [0, 1, *range(kept[2], 50)], f"recency must keep the newest, kept {kept}")
+    _expect(kept == [0, 1, *range(kept[2], 50)], f"the newest must stay, kept {kept}")
     return f"planner: 200 tokens, {len(gone)} of 50 blocks evicted, at most {bound} held"
 
 
 def _test_scores() -> str:
-    """The block that the window attends to survives G-KV."""
+    """The token that the window attends to survives G-KV."""
     import torch
 
-    from gkv_vllm.engine.plan import BlockScores
-    from gkv_vllm.policies.base import LayerView
+    from gkv_vllm.ops import cpu_layout, paged
+    from gkv_vllm.policies import registry
+    from gkv_vllm.policies.view import LayerCache, View
 
-    planner, config = _toy("gkv")
-    planner.add("toy", prompt_tokens=4, policy=config.for_request(None))
-    plan = planner.plan([("toy", 28)])
-    _expect("toy" in plan.observe, "a request of 24 unprotected tokens must be observed")
-
-    queries = torch.zeros(1, 2, 4, 8)
-    queries[..., 0] = 4.0
-    keys = torch.zeros(1, 1, 28, 8)
-    keys[0, 0, 13, 0] = 4.0  # one token of block 3 is what every query asks for
-    view = LayerView(queries, keys, 1.0, 0.0, block_size=4, history=torch.zeros(1, 1, 7))
-    scores = planner.policy.combine(planner.policy.score(view))
-    _expect(int(scores.argmax()) == 3, f"block 3 must score highest, got {scores.tolist()}")
-
-    epoch = plan.observe["toy"].epoch
-    planner.accept(BlockScores({"toy": (epoch, scores.tolist())}, seconds=0.0))
-    gone = planner.evictions()["toy"]
-    _expect(gone == [1, 2], f"the two oldest unattended blocks must go, gone: {gone}")
-    return f"gkv: the attended block stays, blocks {gone} go"
+    queries, keys = torch.zeros(1, 2, 4, 8), torch.zeros(1, 28, 8)
+    queries[..., 0] = keys[0, 13, 0] = 4.0  # one token is what every query asks for
+    cache, blocks = torch.zeros(7, 1, 4, 16), torch.arange(7)
+    cpu_layout.write_tokens(cache, blocks, keys, torch.zeros_like(keys))
+    view = View(
+        ops=paged.resolve("auto"),
+        layers=[LayerCache(cache, blocks, None)],
+        queries=queries,
+        history=torch.zeros(1, 1, 20),
+        scale=1.0,
+        softcap=0.0,
+        window=4,
+        live_tokens=28,
+        protected=4,
+        num_candidates=20,
+        keep=16,
+        remembered=0,
+        block_size=4,
+        unit=1,
+        event=0,
+        key=0,
+    )
+    policy = registry.create("gkv", {})
+    scores = policy.score(dataclasses.replace(view, history=policy.update(view)))
+    best = int(scores.argmax()) + view.protected
+    _expect(best == 13, f"token 13 must score highest, got {scores.tolist()}")
+    return "gkv: the attended token scores highest"
 
 
 def _test_live_table() -> str:

@@ -229,6 +229,7 @@ def problems_of(vllm_config: Any, config: KVPolicyConfig) -> list[str]:
         lambda: registry.create(config.policy, config.policy_config),
         lambda: config.check_block_size(block_size),
         lambda: _check_pool(vllm_config, config),
+        lambda: _check_impl(config),
     ):
         try:
             check()
@@ -239,18 +240,25 @@ def problems_of(vllm_config: Any, config: KVPolicyConfig) -> list[str]:
 
 def _check_pool(vllm_config: Any, config: KVPolicyConfig) -> None:
     """Raise when the pool's size is given and cannot hold one request over its budget."""
-    from gkv_vllm.config import ConfigError, blocks_for
+    from gkv_vllm.config import ConfigError
+    from gkv_vllm.engine.footprint import pool_problem
 
-    pool = vllm_config.cache_config.num_gpu_blocks_override
-    block_size = vllm_config.cache_config.block_size
-    needed = blocks_for(config.budget, block_size) + blocks_for(config.interval, block_size)
+    cache = vllm_config.cache_config
+    pool = cache.num_gpu_blocks_override
     # Block 0 is vLLM's null block.
-    if pool is not None and needed > pool - 1:
-        raise ConfigError(
-            f"kv_policy budget={config.budget} and interval={config.interval} take {needed} blocks "
-            f"of {block_size} tokens, but the pool has {pool - 1}; lower them or raise "
-            "--num-gpu-blocks-override"
-        )
+    if pool is not None and (problem := pool_problem(config, cache.block_size, pool - 1)):
+        raise ConfigError(problem)
+
+
+def _check_impl(config: KVPolicyConfig) -> None:
+    """Raise when the operators that were asked for are not there."""
+    from gkv_vllm.config import ConfigError
+    from gkv_vllm.ops import paged
+
+    try:
+        paged.resolve(config.impl)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def activate(vllm_config: Any) -> None:

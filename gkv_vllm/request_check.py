@@ -70,15 +70,27 @@ def _prompt_tokens(prompt: Any) -> int:
     return len(ids) if ids else 0
 
 
+_last_read: tuple[Any, Any] = (None, None)
+
+
+def _config_of(additional_config: Any) -> Any:
+    """The settings in an additional_config; read once, since every request asks."""
+    global _last_read
+    if _last_read[0] is not additional_config:
+        from gkv_vllm.plugin import read_config
+
+        _last_read = additional_config, read_config(additional_config)
+    return _last_read[1]
+
+
 def check_request(vllm_config: Any, params: Any, *, prompt_tokens: int) -> None:
     """Raise VLLMValidationError (HTTP 400) for bad kv_* arguments or a request that cannot fit."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
     from gkv_vllm.config import ConfigError
-    from gkv_vllm.plugin import read_config
 
-    config = read_config(vllm_config.additional_config)
+    config = _config_of(vllm_config.additional_config)
     if not config.active or not isinstance(params, SamplingParams):
         return
     try:

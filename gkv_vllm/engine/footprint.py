@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from gkv_vllm.config import RequestPolicy, blocks_for
+from gkv_vllm.config import KVPolicyConfig, RequestPolicy, blocks_for
 
 
 def protected_blocks(protect: str, prompt_tokens: int, block_size: int) -> int:
@@ -27,6 +27,19 @@ def bounded_blocks(protected: int, due: int, in_flight_tokens: int, block_size: 
     One token short of being due it takes one more step, and with asynchronous scheduling two more
     before the scores of that one count: `in_flight_tokens` is what those steps compute."""
     return protected + blocks_for(due - 1 + in_flight_tokens, block_size)
+
+
+def pool_problem(config: KVPolicyConfig, block_size: int, pool: int) -> str | None:
+    """Why no request could ever be evicted from a pool of this many blocks; None if it could."""
+    due = due_tokens(config.budget, config.interval, block_size)
+    if blocks_for(due, block_size) <= pool:
+        return None
+    return (
+        f"kv_policy budget={config.budget} and interval={config.interval} take "
+        f"{blocks_for(due, block_size)} blocks of {block_size} tokens, but the KV cache has {pool}: "
+        "no request would ever be evicted; lower --kv-budget or give the KV cache more memory "
+        "(--num-gpu-blocks-override, if it is set)"
+    )
 
 
 def peak_blocks(

@@ -19,6 +19,7 @@ from gkv_vllm.engine.footprint import (
     bounded_blocks,
     due_tokens,
     peak_blocks,
+    pool_problem,
     protected_blocks,
     slot_count,
 )
@@ -89,15 +90,11 @@ class EvictionMixin(Scheduler):
     def _check_pool(self, block_size: int) -> None:
         """Refuse a budget that the pool cannot even reach, and say what the bound means here."""
         config, pool = self.kv_policy, self.kv_cache_config.num_blocks - 1
+        if problem := pool_problem(config, block_size, pool):
+            raise ConfigError(problem)
         due = due_tokens(config.budget, config.interval, block_size)
         protected = protected_blocks(config.protect, config.reserved_prompt, block_size)
         decoding = bounded_blocks(protected, due, steps_ahead(self.vllm_config), block_size)
-        if due > pool * block_size:
-            raise ConfigError(
-                f"kv_policy budget {config.budget} + interval {config.interval} = {due} tokens in "
-                f"whole blocks, but the KV cache holds {pool * block_size}: no request would ever "
-                "be evicted; lower --kv-budget or give the KV cache more memory"
-            )
         logger.info(
             "KV policy %s: a decoding request holds at most %d blocks of %d tokens (prompt up to "
             "%d tokens, protect=%s); the pool of %d blocks decodes %.1f such requests",
