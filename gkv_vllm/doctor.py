@@ -194,7 +194,6 @@ def _test_planner() -> str:
     """A request of 6 prompt tokens decodes to 200 and never holds more than its bound."""
     from gkv_vllm.config import blocks_for
     from gkv_vllm.engine.footprint import peak_blocks
-
     from gkv_vllm.engine.plan import WorkerReport
 
     planner, config = _toy()
@@ -258,7 +257,7 @@ def _test_live_table() -> str:
     """Holes leave the table that attention reads, and one block of the length for each."""
     import torch
 
-    from gkv_vllm.attention.live_table import squeeze
+    from gkv_vllm.ops.live_table import squeeze
 
     table = torch.tensor([[5, 0, 7, 0, 9], [1, 2, 0, 0, 0]], dtype=torch.int32)
     live = squeeze(table, torch.tensor([18, 8], dtype=torch.int32), block_size=4)

@@ -34,7 +34,7 @@ _C = TypeVar("_C")
 PREFIX = "gkv:"
 SKIP_REASONS = {
     "no_candidates": "a request was due, but every unprotected block lies in the budget or window",
-    "no_free_block": "survivors needed a block of their own in place of a shared one; none was free",
+    "no_free_block": "survivors need a block of their own in place of a shared one; none was free",
     "no_slot": "a step whose queries were not recorded because all query rings are taken",
     "opted_out": "a request that asked for kv_policy=none",
     "stale": "scores of a request that has finished or was preempted since",

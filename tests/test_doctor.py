@@ -90,7 +90,7 @@ def test_looking_at_a_command_line_activates_nothing(demo_model):
     [
         ("gkv_vllm.engine.planner.EvictionPlanner.evictions", lambda self: {}),
         ("gkv_vllm.ops.reference.local_scores", lambda q, k, *_: -k[..., :-4, 0]),
-        ("gkv_vllm.attention.live_table.squeeze", lambda *a, **k: None),
+        ("gkv_vllm.ops.live_table.squeeze", lambda *a, **k: None),
     ],
 )
 def test_the_self_test_notices_a_broken_part(target, replacement, monkeypatch):

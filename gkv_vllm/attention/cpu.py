@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""The CPU_ATTN backend with holes, and how to read keys out of its cache."""
+"""The CPU_ATTN backend with holes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -17,7 +16,7 @@ from gkv_vllm.engine.spec import GKVSpec
 logger = init_logger(f"vllm.{__name__}")
 
 READABLE_LAYOUTS = ("vec", "vec16")
-"""Instruction sets of vLLM's CPU kernels whose key layout `gather_keys` reads."""
+"""Instruction sets of vLLM's CPU kernels whose key layout `ops/cpu_layout.py` describes."""
 
 
 class ReadableKeysBuilder(CPUAttentionMetadataBuilder):
@@ -51,15 +50,3 @@ GKVCPUAttentionBackend = wrap_backend(ReadableKeysBackend)
 def register() -> None:
     """Make vLLM's CPU_ATTN resolve to the wrapped backend in this process. Idempotent."""
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.GKVCPUAttentionBackend")
-
-
-def gather_keys(kv_cache: Tensor, block_ids: Tensor) -> Tensor:
-    """Keys of these blocks in order: [kv_heads, blocks * block_size, head_dim].
-
-    kv_cache [num_blocks, kv_heads, block_size, 2 * head_dim], whose first half holds, per block and
-    head, the keys transposed: [head_dim, block_size] (the "vec" layouts of vLLM's CPU kernels)."""
-    num_blocks, kv_heads, block_size, twice = kv_cache.shape
-    head_dim = twice // 2
-    keys = kv_cache.view(num_blocks, kv_heads, 2, head_dim, block_size)[:, :, 0]
-    chosen = keys.index_select(0, block_ids)
-    return chosen.permute(1, 0, 3, 2).reshape(kv_heads, len(block_ids) * block_size, head_dim)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,8 +16,8 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from gkv_vllm.attention.live_table import squeeze
 from gkv_vllm.engine.spec import GKVSpec
+from gkv_vllm.ops.live_table import LiveTable, squeeze
 
 
 class StepObserver(Protocol):
@@ -36,7 +37,12 @@ class QuerySink(Protocol):
         """The same queries, once the keys and values of the step are in the cache."""
 
 
-def live_metadata(metadata: CommonAttentionMetadata, block_size: int) -> CommonAttentionMetadata:
+Squeeze = Callable[[Tensor, Tensor, int], LiveTable]
+
+
+def live_metadata(
+    metadata: CommonAttentionMetadata, block_size: int, squeeze: Squeeze = squeeze
+) -> CommonAttentionMetadata:
     """The same batch over live tables and live lengths; the very same object without holes."""
     live = squeeze(metadata.block_table_tensor, metadata.seq_lens, block_size)
     if live.seq_lens is metadata.seq_lens:
@@ -55,6 +61,7 @@ class LiveTableBuilder(AttentionMetadataBuilder[Any]):
     """Metadata builder mixin: for evictable layers, attention sees the live table."""
 
     observe: StepObserver | None = None
+    squeeze: Squeeze = staticmethod(squeeze)
 
     def build(
         self,
@@ -63,7 +70,7 @@ class LiveTableBuilder(AttentionMetadataBuilder[Any]):
         fast_build: bool = False,
     ) -> Any:
         if isinstance(self.kv_cache_spec, GKVSpec):
-            live = live_metadata(common_attn_metadata, self.kv_cache_spec.block_size)
+            live = live_metadata(common_attn_metadata, self.kv_cache_spec.block_size, self.squeeze)
             if self.observe is not None:
                 self.observe(common_attn_metadata, live)
             common_attn_metadata = live

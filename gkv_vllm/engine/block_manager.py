@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""Frees and repurposes blocks of running requests; keeps vLLM's accounting true, chooses nothing."""
+"""Frees and repurposes blocks of running requests; keeps vLLM's accounting, chooses nothing."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gkv_vllm.config import KVPolicyConfig, RequestPolicy
 from gkv_vllm.engine.footprint import blocks_for, due_tokens, protected_blocks

@@ -213,7 +213,9 @@ class EvictionMixin(Scheduler):
         (candidates,) = selection.candidates
         managers = self.evicting_managers
         private = [manager.private(request_id, candidates) for manager in managers]
-        places, fresh = choose_targets([all(of) for of in zip(*private)], selection.keep)
+        places, fresh = choose_targets(
+            [all(of) for of in zip(*private, strict=True)], selection.keep
+        )
         if len(fresh) * len(managers) > self.kv_cache_manager.block_pool.get_num_free_blocks():
             self.planner.postpone(request_id, "no_free_block")
             return

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""The readable torch form of every score operation: the oracle of every faster form.
+"""The readable dense form of every score: the oracle of every faster form. Torch, float32.
 
 Shapes carry any number of leading dimensions (layers) before [heads, ...]."""
 
@@ -9,29 +9,93 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LOCAL_SCORE_FORMS = ("max_probability", "max_logit", "mean_probability")
+"""The ways in which sources turn a window of queries into one number per key."""
 
-def local_scores(queries: Tensor, keys: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
-    """How much the window attends to each older token (G-KV, arXiv 2512.00504, section 3).
+
+def local_scores(
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    form: str = "max_probability",
+) -> Tensor:
+    """How much the window attends to each older token.
 
     queries [..., query_heads, window, head_dim], keys [..., kv_heads, tokens, head_dim], both in
-    logical order, the window being the last `window` tokens. Softmax in float32 over all tokens,
-    causal inside the window; maximum over the query group, mean over the window.
+    logical order, the window being the last `window` tokens. Always the mean over the window of
+
+    - `max_probability`: softmax over all tokens, causal inside the window, then the maximum over
+      the query group (G-KV, arXiv 2512.00504, section 3);
+    - `max_logit`: the maximum of the logits over the group, then a softmax over the older tokens
+      only (the repository of R-KV, arXiv 2505.24133);
+    - `mean_probability`: the same softmax as the first, then the mean over the group (kvpress).
+
     Returns [..., kv_heads, tokens - window] float32."""
+    logits = _group_logits(queries, keys, scale, softcap)
     window = queries.shape[-2]
-    kv_heads, tokens = keys.shape[-3], keys.shape[-2]
-    if tokens < window or queries.shape[-3] % kv_heads:
-        raise ValueError(
-            f"local_scores: {tuple(queries.shape)} queries do not fit {tuple(keys.shape)} keys"
-        )
-    # One product per KV head: the queries of its whole group, over all window positions.
-    grouped = queries.float().unflatten(-3, (kv_heads, -1)).flatten(-3, -2) * scale
-    logits = (grouped @ keys.float().transpose(-1, -2)).unflatten(-2, (-1, window))
-    if softcap:
-        logits = torch.tanh(logits / softcap) * softcap
+    older = keys.shape[-2] - window
+    if form == "max_logit":
+        return logits[..., :older].amax(-3).softmax(-1).mean(-2)
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
-    logits[..., tokens - window :].masked_fill_(future, float("-inf"))
-    attention = logits.softmax(-1)[..., : tokens - window]
-    return attention.amax(-3).mean(-2)
+    logits[..., older:].masked_fill_(future, float("-inf"))
+    attention = logits.softmax(-1)[..., :older]
+    if form == "max_probability":
+        return attention.amax(-3).mean(-2)
+    if form == "mean_probability":
+        return attention.mean((-3, -2))
+    raise ValueError(f"local_scores: unknown form '{form}'; valid: {', '.join(LOCAL_SCORE_FORMS)}")
+
+
+def _group_logits(queries: Tensor, keys: Tensor, scale: float, softcap: float) -> Tensor:
+    """[..., kv_heads, group, queries, tokens] float32."""
+    num_queries, kv_heads, tokens = queries.shape[-2], keys.shape[-3], keys.shape[-2]
+    if tokens < num_queries or queries.shape[-3] % kv_heads:
+        raise ValueError(f"{tuple(queries.shape)} queries do not fit {tuple(keys.shape)} keys")
+    # One product per KV head: the queries of its whole group, over all positions.
+    grouped = queries.float().unflatten(-3, (kv_heads, -1)).flatten(-3, -2) * scale
+    logits = (grouped @ keys.float().transpose(-1, -2)).unflatten(-2, (-1, num_queries))
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+def attention_mass(queries: Tensor, keys: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
+    """The attention that each key gets, summed over these queries and their group.
+
+    queries [..., query_heads, n, head_dim] of the last n of the keys
+    [..., kv_heads, tokens, head_dim]. Returns [..., kv_heads, tokens] float32."""
+    logits = _group_logits(queries, keys, scale, softcap)
+    num_queries, tokens = queries.shape[-2], keys.shape[-2]
+    future = torch.ones(num_queries, tokens, dtype=torch.bool, device=keys.device)
+    logits.masked_fill_(future.triu(tokens - num_queries + 1), float("-inf"))
+    return logits.softmax(-1).sum((-3, -2))
+
+
+def redundancy(keys: Tensor, threshold: float) -> Tensor:
+    """The mean cosine similarity of each key to all keys; near-duplicates excuse the newest.
+
+    R-KV (arXiv 2505.24133), as G-KV uses it: in the matrix of cosines, without its diagonal, each
+    column loses its entry in the last row above `threshold`; then the mean of each row.
+    keys [..., tokens, head_dim]; returns [..., tokens] float32. O(tokens^2 head_dim)."""
+    unit = torch.nn.functional.normalize(keys.float(), dim=-1)
+    cosines = unit @ unit.transpose(-1, -2)
+    cosines.diagonal(dim1=-2, dim2=-1).zero_()
+    rows = torch.arange(1, keys.shape[-2] + 1, device=keys.device)[:, None]
+    last = ((cosines > threshold) * rows).amax(-2, keepdim=True)
+    return cosines.masked_fill(rows == last, 0).mean(-1)
+
+
+def redundancy_in_block(keys: Tensor, block_size: int, threshold: float) -> Tensor:
+    """`redundancy` among the keys of each block alone (Zipage, arXiv 2603.08743).
+
+    Sums are divided by the block size, also in a last block that is not full.
+    keys [..., tokens, head_dim]; returns [..., tokens] float32. O(tokens block_size head_dim)."""
+    return torch.cat(
+        [
+            redundancy(block, threshold) * (block.shape[-2] / block_size)
+            for block in keys.split(block_size, dim=-2)
+        ],
+        -1,
+    )
 
 
 def normalise(scores: Tensor) -> Tensor:
@@ -39,25 +103,32 @@ def normalise(scores: Tensor) -> Tensor:
     return scores / scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
-def block_max(scores: Tensor, block_size: int, num_blocks: int) -> Tensor:
-    """The best token of each block, [..., tokens] to [..., num_blocks]; 0 where none is."""
-    missing = num_blocks * block_size - scores.shape[-1]
-    padded = torch.nn.functional.pad(scores, (0, missing))
-    return padded.unflatten(-1, (num_blocks, block_size)).amax(-1)
+def block_max(scores: Tensor, block_size: int) -> Tensor:
+    """The best token of each block: [..., blocks * block_size] to [..., blocks]."""
+    return scores.unflatten(-1, (-1, block_size)).amax(-1)
 
 
-def decayed_max(history: Tensor, present: Tensor, alpha: float) -> Tensor:
-    """G-KV's global score: max(alpha * past, present), elementwise."""
-    return torch.maximum(alpha * history, present)
+def max_pool(scores: Tensor, kernel: int) -> Tensor:
+    """The maximum over each token and its neighbours, `kernel` (odd) in all. [..., tokens]"""
+    flat = scores.flatten(0, -2)[:, None]
+    return torch.nn.functional.max_pool1d(flat, kernel, 1, kernel // 2).view(scores.shape)
+
+
+def average_pool(scores: Tensor, kernel: int) -> Tensor:
+    """The mean over each token and its neighbours; beyond the ends they are 0. [..., tokens]"""
+    flat = scores.flatten(0, -2)[:, None]
+    return torch.nn.functional.avg_pool1d(flat, kernel, 1, kernel // 2).view(scores.shape)
 
 
 def combine(scores: Tensor, by: str) -> Tensor:
-    """One number per block, [blocks], out of [layers, kv_heads, blocks]."""
-    flat = scores.flatten(0, -2)
+    """One number per unit out of those of layers and heads: [..., n, units] to [..., units].
+
+    `mean`, `max`, or `rank`: the mean of the places in each layer's and head's own order."""
     if by == "max":
-        return flat.amax(0)
+        return scores.amax(-2)
     if by == "rank":
-        flat = flat.argsort(dim=-1, stable=True).argsort(-1).float() / max(1, flat.shape[-1] - 1)
+        places = scores.argsort(dim=-1, stable=True).argsort(-1).float()
+        scores = places / max(1, scores.shape[-1] - 1)
     elif by != "mean":
         raise ValueError(f"combine: unknown reduction '{by}'; valid: mean, max, rank")
-    return flat.mean(0)
+    return scores.mean(-2)

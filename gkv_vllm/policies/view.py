@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""What a policy sees of one request when it has to lose tokens; reads the cache, changes nothing."""
+"""What a policy sees of one request that has to lose tokens; reads the cache, changes nothing."""
 
 from __future__ import annotations
 

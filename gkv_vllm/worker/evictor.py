@@ -9,8 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from gkv_vllm.attention.live_table import NULL_BLOCK
 from gkv_vllm.engine.plan import StepPlan, WorkerReport
+from gkv_vllm.ops.live_table import NULL_BLOCK
 from gkv_vllm.worker.mass import MassIndex
 from gkv_vllm.worker.rings import RingIndex
 from gkv_vllm.worker.runner_v1 import RunnerAdapter

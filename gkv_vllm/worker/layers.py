@@ -41,6 +41,7 @@ class EvictedLayer:
         """The same queries once the keys and values of the step are in the cache."""
         if self.mass is None or (batch := self.mass.batches.get(self.kv_group)) is None:
             return
+        assert self.plane is not None
         self.ops.attention_mass(
             queries,
             self.kv_cache,

@@ -48,8 +48,9 @@ class V1Runner:
         return self.runner.input_batch.req_id_to_index
 
     def watch(self, evictor: Any, groups: list[int]) -> None:
-        """Tell the evictor about each batch of these KV cache groups."""
+        """Tell the evictor about each batch of these KV cache groups; squeeze with its ops."""
         for group in groups:
             for attention_group in self.runner.attn_groups[group]:
                 for builder in attention_group.metadata_builders:
                     builder.observe = partial(evictor.begin_forward, group)
+                    builder.squeeze = evictor.scorer.ops.squeeze_live_table

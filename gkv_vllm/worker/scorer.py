@@ -13,7 +13,6 @@ from torch import Tensor
 from gkv_vllm.engine.footprint import blocks_for
 from gkv_vllm.engine.plan import Compaction, Selection
 from gkv_vllm.ops.paged import PagedOps
-from gkv_vllm.ops.topk import topk_keep
 from gkv_vllm.policies.base import Policy
 from gkv_vllm.policies.view import LayerCache, View
 from gkv_vllm.worker.layers import EvictedLayer
@@ -96,7 +95,7 @@ class Scorer:
             scores = self.policy.combine(scores)[:, None]
         elif self.scope == "all":
             scores = self.policy.combine(scores.flatten(0, 1))[None, None]
-        keep = topk_keep(scores, view.keep).expand(len(self.layers), -1, -1)
+        keep = self.ops.topk_keep(scores, view.keep).expand(len(self.layers), -1, -1)
         targets = {}
         for group in place.live:
             ids, fresh = table(group), order.fresh.get(group, {})

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from gkv_vllm.attention.live_table import NULL_BLOCK, LiveTable, squeeze
 from gkv_vllm.attention.wrap import live_metadata, wrap_backend
+from gkv_vllm.ops.live_table import NULL_BLOCK, LiveTable, squeeze
 
 relaxed = settings(deadline=None)  # the clock of a busy machine says nothing about a table
 

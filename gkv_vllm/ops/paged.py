@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""The operators over the paged KV cache: one interface, its torch reference, and who runs it.
+
+`kv_cache` is one layer's cache in the layout of the platform (`ops/cpu_layout.py`), `block_ids`
+int64 ids of live blocks in logical order, `plane` [num_blocks, kv_heads, block_size] float32 one
+number per cached token. Scores are float32, whatever the cache holds."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gkv_vllm.ops import cpu_layout, reference
+from gkv_vllm.ops import topk as _topk
+from gkv_vllm.ops.live_table import LiveTable, squeeze
+
+
+class PagedOps(Protocol):
+    """What eviction computes on the device. Nothing is written except where it says so."""
+
+    name: str
+
+    def local_scores(
+        self,
+        queries: Tensor,
+        kv_cache: Tensor,
+        block_ids: Tensor,
+        live_tokens: int,
+        scale: float,
+        softcap: float,
+        form: str,
+    ) -> Tensor:
+        """`reference.local_scores` of queries [query_heads, window, head_dim] over the live keys.
+
+        Returns [kv_heads, live_tokens - window]."""
+
+    def redundancy(
+        self, kv_cache: Tensor, block_ids: Tensor, start: int, live_tokens: int, threshold: float
+    ) -> Tensor:
+        """`reference.redundancy` of the live keys from `start` (a multiple of the block size) on.
+
+        Returns [kv_heads, live_tokens - start]."""
+
+    def redundancy_in_block(
+        self, kv_cache: Tensor, block_ids: Tensor, start: int, live_tokens: int, threshold: float
+    ) -> Tensor:
+        """The same with `reference.redundancy_in_block`."""
+
+    def key_norms(self, kv_cache: Tensor, block_ids: Tensor, live_tokens: int) -> Tensor:
+        """L2 norms of the live keys: [kv_heads, live_tokens]."""
+
+    def block_max(self, scores: Tensor, block_size: int) -> Tensor:
+        """`reference.block_max`: [..., blocks * block_size] to [..., blocks]."""
+
+    def topk_keep(self, scores: Tensor, count: int) -> Tensor:
+        """`topk.topk_keep`: [..., units] to the places of the best, [..., count] int64."""
+
+    def compact(
+        self,
+        kv_cache: Tensor,
+        plane: Tensor | None,
+        source_ids: Tensor,
+        target_ids: Tensor,
+        keep: Tensor,
+    ) -> None:
+        """Move the kept tokens of the source blocks, in order, into the target blocks.
+
+        keep [kv_heads or 1, target_ids * block_size] int64: ascending places among the source
+        tokens, per head or for all. Writes kv_cache and plane; sources may be targets."""
+
+    def attention_mass(
+        self,
+        queries: Tensor,
+        kv_cache: Tensor,
+        plane: Tensor,
+        live_table: Tensor,
+        live_lens: Tensor,
+        query_starts: Tensor,
+        protected: Tensor,
+        scale: float,
+        softcap: float,
+    ) -> None:
+        """Add the attention of this step's queries to the plane; tokens new in it start from 0.
+
+        queries [tokens, query_heads, head_dim]; int32: live_table [requests, blocks], live_lens
+        [requests], query_starts [requests + 1] and protected [requests], the leading tokens of a
+        request that take no part in the sums (they do in the softmax), -1 to leave it alone."""
+
+    def store_window_queries(
+        self, queries: Tensor, source: Tensor, target: Tensor, ring: Tensor
+    ) -> None:
+        """ring[target] = queries[source], both [tokens, query_heads, head_dim]; int64 places."""
+
+    def squeeze_live_table(
+        self, block_table: Tensor, seq_lens: Tensor, block_size: int
+    ) -> LiveTable:
+        """`live_table.squeeze`."""
+
+
+class ReferenceOps:
+    """Every operator in plain torch, over dense copies: slow, and meant to be read."""
+
+    name = "reference"
+
+    def local_scores(
+        self,
+        queries: Tensor,
+        kv_cache: Tensor,
+        block_ids: Tensor,
+        live_tokens: int,
+        scale: float,
+        softcap: float,
+        form: str,
+    ) -> Tensor:
+        keys = cpu_layout.gather_keys(kv_cache, block_ids)[:, :live_tokens]
+        return reference.local_scores(queries, keys, scale, softcap, form)
+
+    def redundancy(
+        self, kv_cache: Tensor, block_ids: Tensor, start: int, live_tokens: int, threshold: float
+    ) -> Tensor:
+        keys = cpu_layout.gather_keys(kv_cache, block_ids)[:, start:live_tokens]
+        return reference.redundancy(keys, threshold)
+
+    def redundancy_in_block(
+        self, kv_cache: Tensor, block_ids: Tensor, start: int, live_tokens: int, threshold: float
+    ) -> Tensor:
+        keys = cpu_layout.gather_keys(kv_cache, block_ids)[:, start:live_tokens]
+        return reference.redundancy_in_block(keys, kv_cache.shape[2], threshold)
+
+    def key_norms(self, kv_cache: Tensor, block_ids: Tensor, live_tokens: int) -> Tensor:
+        return cpu_layout.gather_keys(kv_cache, block_ids)[:, :live_tokens].float().norm(dim=-1)
+
+    def block_max(self, scores: Tensor, block_size: int) -> Tensor:
+        return reference.block_max(scores, block_size)
+
+    def topk_keep(self, scores: Tensor, count: int) -> Tensor:
+        return _topk.topk_keep(scores, count)
+
+    def compact(
+        self,
+        kv_cache: Tensor,
+        plane: Tensor | None,
+        source_ids: Tensor,
+        target_ids: Tensor,
+        keep: Tensor,
+    ) -> None:
+        keep = keep.expand(kv_cache.shape[1], -1)
+        width = kv_cache.shape[3] // 2
+        survivors = [
+            gather(kv_cache, source_ids).gather(1, keep[..., None].expand(-1, -1, width))
+            for gather in (cpu_layout.gather_keys, cpu_layout.gather_values)
+        ]
+        cpu_layout.write_tokens(kv_cache, target_ids, *survivors)
+        if plane is not None:
+            kept = plane[source_ids].transpose(0, 1).flatten(1).gather(1, keep)
+            plane[target_ids] = kept.unflatten(1, (len(target_ids), -1)).transpose(0, 1)
+
+    def attention_mass(
+        self,
+        queries: Tensor,
+        kv_cache: Tensor,
+        plane: Tensor,
+        live_table: Tensor,
+        live_lens: Tensor,
+        query_starts: Tensor,
+        protected: Tensor,
+        scale: float,
+        softcap: float,
+    ) -> None:
+        block_size = kv_cache.shape[2]
+        starts, lens, leading = query_starts.tolist(), live_lens.tolist(), protected.tolist()
+        for row, (tokens, first) in enumerate(zip(lens, leading, strict=True)):
+            if first < 0:
+                continue
+            blocks = live_table[row, : -(-tokens // block_size)].long()
+            keys = cpu_layout.gather_keys(kv_cache, blocks)[:, :tokens]
+            new = queries[starts[row] : starts[row + 1]].transpose(0, 1)
+            mass = reference.attention_mass(new, keys, scale, softcap)
+            old = plane[blocks].transpose(0, 1).flatten(1)
+            old[:, tokens - new.shape[1] :] = 0
+            old[:, first:tokens] += mass[:, first:]
+            plane[blocks] = old.unflatten(1, (-1, block_size)).transpose(0, 1)
+
+    def store_window_queries(
+        self, queries: Tensor, source: Tensor, target: Tensor, ring: Tensor
+    ) -> None:
+        ring.index_copy_(0, target, queries.index_select(0, source))
+
+    def squeeze_live_table(
+        self, block_table: Tensor, seq_lens: Tensor, block_size: int
+    ) -> LiveTable:
+        return squeeze(block_table, seq_lens, block_size)
+
+
+def resolve(impl: str) -> PagedOps:
+    """The operators that `kv_policy impl` asks for: `auto`, `reference` or `cpu`.
+
+    ValueError where they are asked for by name and this installation does not have them."""
+    if impl == "reference":
+        return ReferenceOps()
+    if impl not in ("auto", "cpu"):
+        raise ValueError(f"unknown impl '{impl}'; valid: auto, reference, cpu")
+    try:
+        from gkv_vllm.ops.cpu import CPUOps
+    except ImportError as error:
+        if impl == "auto":
+            return ReferenceOps()
+        raise ValueError(
+            f"kv_policy impl=cpu, but the C++ operators are not there ({error}); install gkv_vllm "
+            "where a C++ compiler is found, or set impl=auto"
+        ) from error
+    return CPUOps()
+
+
+def describe() -> str:
+    """Which operators `impl=auto` runs here, and why not faster ones."""
+    ops = resolve("auto")
+    if ops.name != "reference":
+        return f"operators: C++ for CPU ({ops.name}), torch {torch.__version__}"
+    return (
+        "operators: the torch reference, as this installation has no C++ extension (gkv_vllm was "
+        "built without a C++ compiler): right, but several times slower per eviction"
+    )
