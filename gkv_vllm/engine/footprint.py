@@ -37,8 +37,8 @@ def pool_problem(config: KVPolicyConfig, block_size: int, pool: int) -> str | No
     return (
         f"kv_policy budget={config.budget} and interval={config.interval} take "
         f"{blocks_for(due, block_size)} blocks of {block_size} tokens, but the KV cache has "
-        f"{pool}: no request would ever be evicted; lower --kv-budget or give the KV cache more memory "
-        "(--num-gpu-blocks-override, if it is set)"
+        f"{pool}: no request would ever be evicted; lower --kv-budget or give the KV cache more "
+        "memory (--num-gpu-blocks-override, if it is set)"
     )
 
 

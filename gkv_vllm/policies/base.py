@@ -62,5 +62,5 @@ class Policy:
         raise NotImplementedError
 
     def combine(self, scores: Tensor) -> Tensor:
-        """What n layers and heads that share a kept set agree on: [..., n, units] to [..., units]."""
+        """What n layers and heads that share a kept set agree on: [..., n, units] -> [..., units]."""
         return scores.mean(-2)
