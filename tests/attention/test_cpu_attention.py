@@ -20,9 +20,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from gkv_vllm.attention.cpu import READABLE_LAYOUTS, GKVCPUAttentionBackend, gather_keys
+from gkv_vllm.attention.cpu import READABLE_LAYOUTS, GKVCPUAttentionBackend
 from gkv_vllm.attention.wrap import live_metadata
 from gkv_vllm.engine.spec import GKVSpec
+from gkv_vllm.ops import cpu_layout, paged
 
 LARGE = 1e4
 """In slots that no token was written to. Not NaN: the stock kernel multiplies the values behind a
@@ -72,6 +73,8 @@ class Step:
         self.keys = [random(row.tokens, heads.kv_heads) for row in rows]
         self.values = [random(row.tokens, heads.kv_heads) for row in rows]
         self.queries = [random(row.queries, heads.query_heads) for row in rows]
+        self.survivors: dict[int, Tensor] = {}
+        """Per row, [kv_heads, tokens]: which of its tokens are left; else all but its holes."""
 
         counts = [-(-row.tokens // block_size) for row in rows]
         pool = 2 * sum(counts) + 1
@@ -184,8 +187,11 @@ class Step:
         row, group = self.rows[i], self.heads.query_heads // self.heads.kv_heads
         position = torch.arange(row.tokens)
         survives = ~torch.isin(position // self.block_size, torch.tensor(row.holes))
+        survives = self.survivors.get(i, survives.expand(self.heads.kv_heads, -1))
         query_position = position[row.tokens - row.queries :]
-        visible = survives & (position <= query_position[:, None])
+        visible = survives.repeat_interleave(group, 0)[:, None] & (
+            position <= query_position[:, None]
+        )
         keys, values = (
             x.double().repeat_interleave(group, 1).transpose(0, 1)
             for x in (self.keys[i], self.values[i])
@@ -283,6 +289,48 @@ def test_without_holes_the_output_is_bit_for_bit_the_stock_one() -> None:
     assert torch.equal(step.attend(), Step(rows, heads, 32).attend())
 
 
+# ---- after a compaction: every KV head has its own kept tokens
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("block_size", [32, 64])
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_attention_after_a_compaction_is_dense_attention_over_each_heads_kept_tokens(
+    head_dim: int, group: tuple[int, int], block_size: int, dtype: torch.dtype, impl: str
+) -> None:
+    """Block 0 is protected, 1 to 4 compete, two of them stay, and the tail is not full."""
+    heads = Heads(*group, head_dim, dtype)
+    step = Step([Row(6 * block_size + 9, 3), Row(2 * block_size, 1)], heads, block_size)
+    sources = step.table[0, 1:5].long()
+    generator = torch.Generator().manual_seed(3)
+    draws = torch.rand(heads.kv_heads, 4 * block_size, generator=generator)
+    keep = draws.topk(2 * block_size).indices.sort(-1).values
+    # Targets overlap their sources, which come in any order.
+    paged.resolve(impl).compact(step.cache, None, sources, sources[:2], keep)
+    for hole in (3, 4):
+        step.cache[step.table[0, hole]] = float("nan")
+        step.table[0, hole] = 0
+    survives = torch.ones(heads.kv_heads, step.rows[0].tokens, dtype=torch.bool)
+    survives[:, block_size : 5 * block_size] = False
+    survives.scatter_(1, keep + block_size, True)
+    step.survivors[0] = survives
+    step.assert_exact(step.attend())
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_the_order_of_tokens_within_a_head_does_not_matter(dtype: torch.dtype) -> None:
+    """A different permutation of all old tokens for each head leaves attention as it was."""
+    step = Step([Row(5 * 32 + 7, 1)], Heads(8, 2, 64, dtype), 32)
+    blocks = step.table[0, :5].long()
+    orders = torch.stack(
+        [torch.randperm(160, generator=torch.Generator().manual_seed(h)) for h in range(2)]
+    )
+    paged.ReferenceOps().compact(step.cache, None, blocks, blocks, orders)
+    step.assert_exact(step.attend())
+
+
 # ---- reading keys back
 
 GATHER_SHAPES = {"two_heads": (2, 4), "ragged_5_heads": (5, 3)}
@@ -305,13 +353,13 @@ def test_gathered_keys_are_the_written_keys(
     ops.cpu_attn_reshape_and_cache(
         keys, keys + 1, *kernel_views(cache), slots, readable_isa(dtype, block_size, head_dim)
     )
-    gathered = gather_keys(cache, ids)
+    gathered = cpu_layout.gather_keys(cache, ids)
     assert gathered.shape == (kv_heads, blocks * block_size, head_dim)
     assert torch.equal(gathered[:, :tokens], keys.transpose(0, 1))
 
     order = torch.randperm(blocks, generator=generator)
     by_block = gathered.view(kv_heads, blocks, block_size, head_dim)
-    shuffled = gather_keys(cache, ids[order]).view_as(by_block)
+    shuffled = cpu_layout.gather_keys(cache, ids[order]).view_as(by_block)
     assert torch.equal(shuffled.nan_to_num(), by_block[:, order].nan_to_num())
 
 
@@ -346,14 +394,20 @@ class Recorder:
     """An observer and a query sink that keep what they were shown."""
 
     def __init__(self) -> None:
-        self.begun: list[CommonAttentionMetadata] = []
-        self.stored: list[Tensor] = []
+        self.logical: list[CommonAttentionMetadata] = []
+        self.live: list[CommonAttentionMetadata] = []
+        self.before: list[Tensor] = []
+        self.after: list[Tensor] = []
 
-    def begin_forward(self, metadata: CommonAttentionMetadata) -> None:
-        self.begun.append(metadata)
+    def observe(self, metadata: CommonAttentionMetadata, live: CommonAttentionMetadata) -> None:
+        self.logical.append(metadata)
+        self.live.append(live)
 
-    def store(self, queries: Tensor) -> None:
-        self.stored.append(queries.clone())
+    def before_attention(self, queries: Tensor) -> None:
+        self.before.append(queries.clone())
+
+    def after_attention(self, queries: Tensor) -> None:
+        self.after.append(queries.clone())
 
 
 def build(vllm_config: VllmConfig, spec_type: type[FullAttentionSpec]) -> Any:
@@ -385,29 +439,28 @@ def test_the_wrapped_backend_attends_to_the_survivors(vllm_config: VllmConfig, b
     step.assert_exact(forward(vllm_config, builder, step, None))
 
 
-def test_the_observer_sees_the_logical_batch_and_the_sink_its_queries(
-    vllm_config: VllmConfig,
-) -> None:
+def test_the_observer_sees_both_batches_and_the_sink_its_queries(vllm_config: VllmConfig) -> None:
     step = Step(batches(32)["mixed"], TINY_HEADS, 32)
     builder, recorder = build(vllm_config, GKVSpec), Recorder()
-    builder.observer = recorder
+    builder.observe = recorder.observe
     forward(vllm_config, builder, step, recorder)
-    (seen,) = recorder.begun
-    assert seen.seq_lens.tolist() == [row.tokens for row in step.rows]
-    assert seen.block_table_tensor is step.table
-    (queries,) = recorder.stored
-    assert torch.equal(queries, torch.cat(step.queries))
+    (logical,), (live,) = recorder.logical, recorder.live
+    assert logical.seq_lens.tolist() == [row.tokens for row in step.rows]
+    assert logical.block_table_tensor is step.table
+    assert live.seq_lens.tolist() == [row.tokens - 32 * len(row.holes) for row in step.rows]
+    for seen in (recorder.before, recorder.after):
+        assert torch.equal(seen[0], torch.cat(step.queries))
 
 
 def test_layers_that_are_not_evictable_are_left_alone(vllm_config: VllmConfig) -> None:
     step = Step([Row(129, 1), Row(70, 33)], TINY_HEADS, 32)
     builder, recorder = build(vllm_config, FullAttentionSpec), Recorder()
-    builder.observer = recorder
+    builder.observe = recorder.observe
     step.table[0, 0] = 0
     built = builder.build(0, step.metadata())
     assert built.block_table is step.table
     assert built.seq_lens.tolist() == [129, 70]
-    assert recorder.begun == []
+    assert recorder.logical == []
 
 
 def test_alibi_is_refused_because_holes_would_shift_its_positions(vllm_config: VllmConfig) -> None:

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from gkv_vllm.engine.plan import BlockScores, Observation, Recording, StepPlan
+from gkv_vllm.engine.plan import Compaction, Observation, Recording, Selection, StepPlan
+from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.worker.evictor import Evictor
+from gkv_vllm.worker.mass import MassIndex
 from gkv_vllm.worker.rings import QueryRing, RingIndex
 
 CPU = torch.device("cpu")
-SCORES = BlockScores({"b": (3, [0.5, 0.0, 1.0])}, 1e-3)
+SCORES = [[0.5, 0.0, 1.0]]
+LAYER_GROUP_OF = {0: 0, 2: 1}
+"""KV cache group 1 is windowed: not ours."""
 
 
 class Runner:
@@ -23,8 +27,8 @@ class Runner:
         self.log = log
         self.rows = {"a": 0, "b": 1, "c": 2}
 
-    def drop_blocks(self, request_id: str, blocks: list[int]) -> None:
-        self.log.append(("drop", request_id, blocks))
+    def set_blocks(self, request_id: str, group: int, blocks: list[int], ids: list[int]) -> None:
+        self.log.append(("set", request_id, group, blocks, ids))
 
     def block_ids(self, request_id: str, group: int) -> list[int]:
         return [7, 0, 8]
@@ -40,9 +44,12 @@ class Scorer:
     def reset(self, slots: list[int]) -> None:
         self.log.append(("reset", slots))
 
-    def score(self, observed: dict[str, Observation], tables: Any) -> BlockScores:
-        self.log.append(("score", list(observed), tables("b", 0)))
+    def block_scores(self, seen: Selection, table: Any) -> Any:
+        self.log.append(("score", seen.slot, table(0)))
         return SCORES
+
+    def compact(self, order: Compaction, table: Any) -> None:
+        self.log.append(("compact", order.targets, table(0)))
 
 
 class Step:
@@ -50,14 +57,27 @@ class Step:
 
     def __init__(self) -> None:
         self.log: list[Any] = []
-        self.index = RingIndex(4, CPU)
-        self.evictor = Evictor(Runner(self.log), Scorer(self.log), self.index)
-        self.ring = QueryRing(self.index, 3, 1, 1, torch.float32)
+        self.index, self.mass = RingIndex(4, CPU), MassIndex()
+        self.evictor = Evictor(
+            Runner(self.log),
+            Scorer(self.log),
+            LAYER_GROUP_OF,
+            ring_index=self.index,
+            mass_index=self.mass,
+        )
+        self.ring = QueryRing(self.index, ReferenceOps(), 3, 1, 1, torch.float32)
         self.queries = torch.arange(1.0, 10.0).view(9, 1, 1)
 
     def forward(self) -> None:
         starts = torch.tensor([0, 1, 7, 9])
-        self.evictor.begin_forward(SimpleNamespace(query_start_loc_cpu=starts))
+        for group in LAYER_GROUP_OF:
+            metadata = SimpleNamespace(
+                query_start_loc_cpu=starts,
+                query_start_loc=starts,
+                seq_lens=torch.tensor([40, 50, 60]),
+                block_table_tensor=torch.full((3, 2), group),
+            )
+            self.evictor.begin_forward(group, metadata, metadata)
         self.ring.store(self.queries)
         self.queries = self.queries + 9
 
@@ -67,29 +87,61 @@ def step() -> Step:
     return Step()
 
 
+def selection(slot: int = 2) -> Selection:
+    return Selection(slot, 70, 0, ([0, 1, 2],), 2, 0, 0, 0)
+
+
 FULL_PLAN = StepPlan(
-    drops={"a": [1, 4], "gone": [0]},
+    compact={"c": Compaction(selection(), [0, 1], {0: {1: 99}})},
+    drops={"c": ([2], [2]), "a": ([1, 4], [0, 3]), "gone": ([0], [0])},
     reset=[2],
     record={"b": Recording(slot=2, num_tokens=70), "a": Recording(slot=0, num_tokens=13)},
-    observe={"b": Observation(slot=2, epoch=3, num_tokens=70)},
+    accumulate={"c": 32},
+    observe={"b": Observation(3, selection())},
 )
 
 
-def test_a_step_drops_resets_records_and_scores_in_that_order(step: Step) -> None:
+def test_survivors_move_before_tables_change_and_scores_come_last(step: Step) -> None:
     step.evictor.begin(FULL_PLAN)
-    assert step.log == [("drop", "a", [1, 4]), ("drop", "gone", [0]), ("reset", [2])]
+    assert step.log == [
+        ("compact", [0, 1], [7, 0, 8]),
+        ("set", "c", 0, [1], [99]),
+        ("set", "c", 0, [2], [0]),
+        ("set", "c", 2, [2], [0]),
+        ("set", "a", 0, [1, 4], [0, 0]),
+        ("set", "a", 2, [0, 3], [0, 0]),
+        ("set", "gone", 0, [0], [0]),
+        ("set", "gone", 2, [0], [0]),
+        ("reset", [2]),
+    ]
+    del step.log[:]
     step.forward()
-    assert step.evictor.finish() is SCORES
-    assert step.log[3:] == [("score", ["b"], [7, 0, 8])]
+    report = step.evictor.finish()
+    assert report is not None
+    assert report.scores == {"b": (3, SCORES)}
+    assert report.events == 2
+    assert report.seconds > 0
+    assert step.log == [("score", 2, [7, 0, 8])]
 
 
 def test_only_the_recorded_rows_reach_the_rings(step: Step) -> None:
     step.evictor.begin(FULL_PLAN)
     step.forward()
-    window = step.ring.window_of(2, 70).flatten().tolist()
+    window = step.ring.read(step.index.window_of(2, 70)).flatten().tolist()
     assert window == [4.0, 5.0, 6.0, 7.0]  # the last four of row 1, oldest first
     assert step.ring.queries.view(3, 4)[0].tolist() == [1.0, 0.0, 0.0, 0.0]  # 12 mod 4 = 0
     assert not step.ring.queries.view(3, 4)[1].any()
+
+
+def test_attention_is_accumulated_for_the_rows_that_ask_in_every_group(step: Step) -> None:
+    step.evictor.begin(FULL_PLAN)
+    step.forward()
+    assert sorted(step.mass.batches) == [0, 2]
+    for group, batch in step.mass.batches.items():
+        assert batch.protected.tolist() == [-1, -1, 32]
+        assert batch.live_table.unique().tolist() == [group]
+    step.evictor.finish()
+    assert not step.mass.batches
 
 
 def test_rows_are_looked_up_when_the_batch_is_known(step: Step) -> None:
@@ -105,7 +157,7 @@ def test_without_a_plan_nothing_happens(step: Step, plan: StepPlan | None) -> No
     step.evictor.begin(plan)
     step.forward()
     assert step.evictor.finish() is None
-    assert step.log == []
+    assert [entry for entry in step.log if entry != ("reset", [])] == []
     assert not step.ring.queries.any()
 
 
@@ -128,20 +180,27 @@ def test_a_plan_is_carried_out_once(step: Step) -> None:
     assert step.evictor.finish() is None
 
 
-def test_nothing_observed_means_no_scores(step: Step) -> None:
-    step.evictor.begin(StepPlan(drops={"a": [0]}))
+def test_a_compaction_is_reported_though_it_has_no_scores(step: Step) -> None:
+    step.evictor.begin(StepPlan(compact=FULL_PLAN.compact))
+    step.forward()
+    report = step.evictor.finish()
+    assert report is not None
+    assert (report.scores, report.events) == ({}, 1)
+
+
+def test_drops_alone_report_nothing(step: Step) -> None:
+    step.evictor.begin(StepPlan(drops={"a": ([0], [0])}))
     step.forward()
     assert step.evictor.finish() is None
-    assert step.log == [("drop", "a", [0])]
 
 
-def test_a_policy_without_queries_only_drops() -> None:
+def test_a_policy_without_queries_needs_no_rings() -> None:
     log: list[Any] = []
-    evictor = Evictor(Runner(log), None, None)
-    evictor.begin(StepPlan(drops={"a": [1]}, reset=[0]))
-    evictor.begin_forward(SimpleNamespace())
+    evictor = Evictor(Runner(log), Scorer(log), {0: 0})
+    evictor.begin(StepPlan(drops={"a": ([1],)}, record={}, accumulate={}))
+    evictor.begin_forward(0, SimpleNamespace(), SimpleNamespace())
     assert evictor.finish() is None
-    assert log == [("drop", "a", [1])]
+    assert ("set", "a", 0, [1], [0]) in log
 
 
 def test_a_dummy_batch_after_a_step_leaves_the_rings_alone(step: Step) -> None:

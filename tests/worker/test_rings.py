@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gkv_vllm.engine.plan import Recording
+from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.worker.rings import QueryRing, RingIndex
 
 CPU = torch.device("cpu")
+OPS = ReferenceOps()
 relaxed = settings(deadline=None)  # the clock of a busy machine says nothing about a ring
 
 
@@ -34,7 +36,7 @@ class World:
         self.window, self.shape = window, (heads, head_dim)
         self.index = RingIndex(window, CPU)
         self.rings = [
-            QueryRing(self.index, slots, heads, head_dim, torch.bfloat16) for _ in range(2)
+            QueryRing(self.index, OPS, slots, heads, head_dim, torch.bfloat16) for _ in range(2)
         ]
         self.requests = [Request() for _ in range(slots)]
         self.generator = torch.Generator().manual_seed(0)
@@ -67,7 +69,7 @@ class World:
                 continue
             newest = torch.stack(request.queries[-self.window :], dim=2)  # layers, heads, window
             for ring, expected in zip(self.rings, newest, strict=True):
-                assert torch.equal(ring.window_of(slot, tokens), expected)
+                assert torch.equal(ring.read(self.index.window_of(slot, tokens)), expected)
 
 
 @st.composite
@@ -137,25 +139,25 @@ def test_recording_one_slot_leaves_the_others_alone() -> None:
 
 
 def test_filling_with_no_recordings_records_nothing() -> None:
-    ring = QueryRing(index := RingIndex(4, CPU), 1, 2, 3, torch.float32)
+    ring = QueryRing(index := RingIndex(4, CPU), OPS, 1, 2, 3, torch.float32)
     index.fill([])
     ring.store(torch.ones(5, 2, 3))
     assert not ring.queries.any()
 
 
 def test_a_ring_keeps_no_reference_to_the_batch() -> None:
-    ring = QueryRing(index := RingIndex(2, CPU), 1, 2, 3, torch.float32)
+    ring = QueryRing(index := RingIndex(2, CPU), OPS, 1, 2, 3, torch.float32)
     index.fill([(Recording(slot=0, num_tokens=2), 0, 2)])
     batch = torch.ones(2, 2, 3)
     ring.store(batch)
     batch.fill_(float("nan"))  # the runner reuses its buffers
-    assert torch.equal(ring.window_of(0, 2), torch.ones(2, 2, 3))
+    assert torch.equal(ring.read(index.window_of(0, 2)), torch.ones(2, 2, 3))
 
 
 def test_tokens_that_pad_the_batch_are_ignored() -> None:
-    ring = QueryRing(index := RingIndex(2, CPU), 1, 2, 3, torch.float32)
+    ring = QueryRing(index := RingIndex(2, CPU), OPS, 1, 2, 3, torch.float32)
     index.fill([(Recording(slot=0, num_tokens=2), 0, 2)])
     batch = torch.full((8, 2, 3), float("nan"))
     batch[:2] = 1
     ring.store(batch)
-    assert torch.equal(ring.window_of(0, 2), torch.ones(2, 2, 3))
+    assert torch.equal(ring.read(index.window_of(0, 2)), torch.ones(2, 2, 3))

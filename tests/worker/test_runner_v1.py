@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from gkv_vllm.worker.runner_v1 import V1Runner
 
-EVICTABLE, SLIDING = 0, 1
+EVICTABLE, OTHER = 0, 1
 TABLES = {
     "ragged": [11, 12, 13, 14, 15],
     "short": [21],
@@ -56,7 +56,7 @@ def model_runner() -> SimpleNamespace:
 
 @pytest.fixture
 def adapter(model_runner: SimpleNamespace) -> V1Runner:
-    return V1Runner(model_runner, [EVICTABLE])
+    return V1Runner(model_runner)
 
 
 def row(model_runner: SimpleNamespace, request_id: str, group: int = EVICTABLE) -> list[int]:
@@ -65,35 +65,48 @@ def row(model_runner: SimpleNamespace, request_id: str, group: int = EVICTABLE) 
     return table[batch.req_id_to_index[request_id]].tolist()
 
 
+def drop(adapter: V1Runner, request_id: str, blocks: list[int]) -> None:
+    adapter.set_blocks(request_id, EVICTABLE, blocks, [0] * len(blocks))
+
+
 def test_dropped_blocks_are_null_in_the_row_and_in_the_state(
     model_runner: SimpleNamespace, adapter: V1Runner
 ) -> None:
-    adapter.drop_blocks("ragged", [1, 3])
+    drop(adapter, "ragged", [1, 3])
     assert adapter.block_ids("ragged", EVICTABLE) == [11, 0, 13, 0, 15]
     assert row(model_runner, "ragged") == [11, 0, 13, 0, 15, 0, 0, 0]
+
+
+def test_a_block_that_gave_way_to_a_fresh_one_is_replaced_in_both(
+    model_runner: SimpleNamespace, adapter: V1Runner
+) -> None:
+    adapter.set_blocks("ragged", EVICTABLE, [0, 3], [41, 44])
+    assert adapter.block_ids("ragged", EVICTABLE) == [41, 12, 13, 44, 15]
+    assert row(model_runner, "ragged") == [41, 12, 13, 44, 15, 0, 0, 0]
 
 
 def test_dropping_changes_no_other_request_group_or_length(
     model_runner: SimpleNamespace, adapter: V1Runner
 ) -> None:
-    adapter.drop_blocks("ragged", [0, 2])
+    drop(adapter, "ragged", [0, 2])
     assert adapter.block_ids("short", EVICTABLE) == [21]
     assert row(model_runner, "short")[:1] == [21]
-    assert row(model_runner, "ragged", SLIDING)[:5] == [111, 112, 113, 114, 115]
-    assert model_runner.requests["ragged"].block_ids[SLIDING] == [111, 112, 113, 114, 115]
+    assert row(model_runner, "ragged", OTHER)[:5] == [111, 112, 113, 114, 115]
+    assert model_runner.requests["ragged"].block_ids[OTHER] == [111, 112, 113, 114, 115]
     assert model_runner.input_batch.block_table[EVICTABLE].num_blocks_per_row[:2].tolist() == [5, 1]
 
 
-def test_all_groups_of_the_policy_are_dropped_from(model_runner: SimpleNamespace) -> None:
-    V1Runner(model_runner, [EVICTABLE, SLIDING]).drop_blocks("ragged", [2])
-    assert row(model_runner, "ragged")[:5] == [11, 12, 0, 14, 15]
-    assert row(model_runner, "ragged", SLIDING)[:5] == [111, 112, 0, 114, 115]
+def test_each_group_loses_its_own_blocks(model_runner: SimpleNamespace, adapter: V1Runner) -> None:
+    adapter.set_blocks("ragged", OTHER, [2], [0])
+    assert row(model_runner, "ragged")[:5] == [11, 12, 13, 14, 15]
+    assert row(model_runner, "ragged", OTHER)[:5] == [111, 112, 0, 114, 115]
+    assert adapter.block_ids("ragged", OTHER) == [111, 112, 0, 114, 115]
 
 
 def test_the_device_table_of_the_next_step_has_the_holes(
     model_runner: SimpleNamespace, adapter: V1Runner
 ) -> None:
-    adapter.drop_blocks("ragged", [1])
+    drop(adapter, "ragged", [1])
     table = model_runner.input_batch.block_table
     table.commit_block_table(2)
     assert table[EVICTABLE].get_device_tensor(2)[0, :5].tolist() == [11, 0, 13, 14, 15]
@@ -102,7 +115,7 @@ def test_the_device_table_of_the_next_step_has_the_holes(
 def test_new_blocks_are_appended_after_the_holes(
     model_runner: SimpleNamespace, adapter: V1Runner
 ) -> None:
-    adapter.drop_blocks("ragged", [1, 2])
+    drop(adapter, "ragged", [1, 2])
     index = model_runner.input_batch.req_id_to_index["ragged"]
     model_runner.input_batch.block_table.append_row(([16], [116]), index)
     assert row(model_runner, "ragged")[:6] == [11, 0, 0, 14, 15, 16]
@@ -111,7 +124,7 @@ def test_new_blocks_are_appended_after_the_holes(
 def test_holes_survive_leaving_and_re_entering_the_batch(
     model_runner: SimpleNamespace, adapter: V1Runner
 ) -> None:
-    adapter.drop_blocks("ragged", [1, 3])
+    drop(adapter, "ragged", [1, 3])
     batch = model_runner.input_batch
     batch.remove_request("ragged")
     batch.condense()
@@ -121,7 +134,7 @@ def test_holes_survive_leaving_and_re_entering_the_batch(
 
 
 def test_holes_move_with_their_row(model_runner: SimpleNamespace, adapter: V1Runner) -> None:
-    adapter.drop_blocks("ragged", [0])
+    drop(adapter, "ragged", [0])
     model_runner.input_batch.swap_states(0, 1)
     assert row(model_runner, "ragged")[:5] == [0, 12, 13, 14, 15]
     assert row(model_runner, "short")[:1] == [21]
@@ -131,7 +144,7 @@ def test_a_request_outside_the_batch_keeps_its_holes_for_later(
     model_runner: SimpleNamespace, adapter: V1Runner
 ) -> None:
     before = model_runner.input_batch.block_table[EVICTABLE].get_numpy_array().copy()
-    adapter.drop_blocks("waiting", [0, 1])
+    drop(adapter, "waiting", [0, 1])
     assert adapter.block_ids("waiting", EVICTABLE) == [0, 0, 33]
     assert (model_runner.input_batch.block_table[EVICTABLE].get_numpy_array() == before).all()
     model_runner.input_batch.add_request(model_runner.requests["waiting"])
@@ -139,7 +152,7 @@ def test_a_request_outside_the_batch_keeps_its_holes_for_later(
 
 
 def test_a_request_that_has_gone_is_ignored(adapter: V1Runner) -> None:
-    adapter.drop_blocks("finished", [0, 1])
+    drop(adapter, "finished", [0, 1])
     assert adapter.block_ids("ragged", EVICTABLE) == TABLES["ragged"]
 
 

@@ -1,293 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""Block scores from a paged cache against the arithmetic over a dense gather of live tokens."""
+"""What stays, from a paged cache, against plain arithmetic over the request's tokens in order."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import pytest
 import torch
+from gkv_vllm.policies.knorm import KNorm
 from torch import Tensor
 
-from gkv_vllm.attention.cpu import gather_keys
-from gkv_vllm.engine.plan import Observation, Recording
+from gkv_vllm.ops import cpu_layout
 from gkv_vllm.ops import reference as ops
 from gkv_vllm.policies.gkv import GKV
-from gkv_vllm.worker import scorer as scorer_module
-from gkv_vllm.worker.rings import QueryRing, RingIndex
-from gkv_vllm.worker.scorer import BlockScorer, ScoredLayer, state_bytes_per_slot
+from gkv_vllm.policies.recency import Recency
+from gkv_vllm.worker.scorer import Scorer, history_bytes, plane_bytes, ring_bytes
 
-NAN = float("nan")
-SLOTS, SLOT = 3, 1
+from .world import NAN, SHAPES, SLOT, SLOTS, Shape, World
 
-
-@dataclass(frozen=True)
-class Shape:
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    window: int
-    block_size: int
-    tokens: int
-    holes: tuple[int, ...] = ()
-    softcap: float = 0.0
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.tokens // self.block_size)
-
-    @property
-    def live(self) -> list[int]:
-        return [i for i in range(self.blocks) if i not in self.holes]
-
-
-SHAPES = {
-    "demo_model": Shape(4, 8, 2, 32, 16, 32, 400, dtype=torch.bfloat16),
-    "holes": Shape(3, 8, 2, 32, 16, 32, 640, holes=(1, 2, 5, 11)),
-    "ragged_63_tokens_5_heads": Shape(2, 5, 5, 32, 7, 32, 63),
-    "ragged_with_holes": Shape(3, 15, 5, 64, 7, 64, 831, holes=(0, 3, 9), softcap=4.0),
-    "window_over_three_blocks": Shape(2, 4, 2, 32, 70, 32, 200, holes=(1,)),
-}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+ATTENTION_ONLY = GKV(redundancy="none")
+"""The score in its simplest form: what the tests below recompute by hand."""
 
 
-def random(*size: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def normalised(world: World) -> Tensor:
+    """S / max S of every candidate token, [layers, kv_heads, tokens], from the dense keys."""
+    shape = world.shape
+    first = shape.protected * shape.block_size
+    scores = []
+    for queries, keys in zip(world.queries, world.keys, strict=True):
+        local = ops.local_scores(queries, keys, shape.head_dim**-0.5, shape.softcap)
+        count = len(shape.candidates) * shape.block_size
+        scores.append((local / local.amax(-1, keepdim=True))[:, first : first + count])
+    return torch.stack(scores)
 
 
-class Paged:
-    """One request of every layer in a paged cache: NaN wherever none of its live tokens is."""
+def tolerance(world: World) -> float:
+    """Two float32 evaluations of the same weights: each is off by twice eps times the products
+    that a logit sums (query norm times key norm times scale), and so is the maximum."""
+    products = world.shape.head_dim**-0.5 * max(
+        float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max())
+        for q, k in zip(world.queries, world.keys, strict=True)
+    )
+    return 8 * torch.finfo(torch.float32).eps * products
 
-    def __init__(self, shape: Shape, seed: int = 0, id_seed: int = 0) -> None:
-        self.shape = shape
-        pool = 2 * shape.blocks + 1
-        order = torch.randperm(pool - 1, generator=torch.Generator().manual_seed(id_seed)) + 1
-        self.table = order[: shape.blocks].tolist()
-        for hole in shape.holes:
-            self.table[hole] = 0
-        size = (shape.kv_heads, shape.tokens, shape.head_dim)
-        self.keys = [
-            random(*size, seed=100 * seed + i, dtype=shape.dtype) for i in range(shape.layers)
-        ]
-        self.queries = [
-            random(
-                shape.query_heads,
-                shape.window,
-                shape.head_dim,
-                seed=7000 + 100 * seed + i,
-                dtype=shape.dtype,
-            )
-            for i in range(shape.layers)
-        ]
-        cache = (pool, shape.kv_heads, shape.block_size, 2 * shape.head_dim)
-        self.caches = [torch.full(cache, NAN, dtype=shape.dtype) for _ in range(shape.layers)]
-        for layer in range(shape.layers):
-            self.write(layer, 0, shape.tokens)
 
-    def write(self, layer: int, start: int, end: int) -> None:
-        """Keys as the "vec" layouts keep them: [head_dim, block_size], half of a block."""
-        shape, cache = self.shape, self.caches[layer]
-        transposed = cache.view(*cache.shape[:2], 2, shape.head_dim, shape.block_size)[:, :, 0]
-        for position in range(start, end):
-            block = self.table[position // shape.block_size]
-            if block:
-                key = self.keys[layer][:, position]
-                transposed[block, :, :, position % shape.block_size] = key
+def block_scores(world: World, scorer: Scorer, **selection: int) -> Tensor:
+    (scores,) = scorer.block_scores(world.selection(**selection), world.table)
+    return torch.tensor(scores)
 
-    def scorer(self, policy: GKV) -> BlockScorer:
-        shape, index = self.shape, RingIndex(self.shape.window, torch.device("cpu"))
-        rings = [
-            QueryRing(index, SLOTS, shape.query_heads, shape.head_dim, shape.dtype)
-            for _ in range(shape.layers)
-        ]
-        layers = [
-            ScoredLayer(
-                0, cache, ring, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5, shape.softcap
-            )
-            for cache, ring in zip(self.caches, rings, strict=True)
-        ]
-        scorer = BlockScorer(
-            policy,
-            layers,
-            gather_keys,
-            slots=SLOTS,
-            max_blocks=shape.blocks + 3,
-            block_size=shape.block_size,
-        )
-        self.record(scorer, SLOT)
-        return scorer
 
-    def record(self, scorer: BlockScorer, slot: int) -> None:
-        index = scorer.layers[0].ring.index
-        index.fill([(Recording(slot, self.shape.tokens), 0, self.shape.window)])
-        for layer, queries in zip(scorer.layers, self.queries, strict=True):
-            layer.ring.store(queries.transpose(0, 1))
-
-    def score(self, scorer: BlockScorer, slot: int = SLOT) -> Tensor:
-        seen = Observation(slot=slot, epoch=5, num_tokens=self.shape.tokens)
-        found = scorer.score({"r": seen}, lambda _, group: self.table)
-        epoch, scores = found.scores["r"]
-        assert epoch == 5
-        assert found.seconds > 0
-        return torch.tensor(scores)
-
-    def dense(self) -> Tensor:
-        """Normalised local scores per block, [layers, kv_heads, blocks], 0 at holes."""
-        shape = self.shape
-        position = torch.arange(shape.tokens)
-        survives = torch.isin(position // shape.block_size, torch.tensor(shape.live))
-        result = torch.zeros(shape.layers, shape.kv_heads, shape.blocks)
-        for layer in range(shape.layers):
-            local = ops.local_scores(
-                self.queries[layer],
-                self.keys[layer][:, survives],
-                shape.head_dim**-0.5,
-                shape.softcap,
-            )
-            local = local / local.amax(-1, keepdim=True)
-            block_of = position[survives][: local.shape[-1]] // shape.block_size
-            for block in block_of.unique().tolist():
-                result[layer, :, block] = local[:, block_of == block].amax(-1)
-        return result
-
-    def tolerance(self) -> float:
-        """Two float32 evaluations of the same weights: each is off by twice eps times the products
-        that a logit sums (query norm times key norm times scale), and so is the maximum it is
-        divided by."""
-        products = self.shape.head_dim**-0.5 * max(
-            float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max())
-            for q, k in zip(self.queries, self.keys, strict=True)
-        )
-        return 8 * torch.finfo(torch.float32).eps * products
-
-    def assert_close(self, found: Tensor, expected: Tensor) -> None:
-        torch.testing.assert_close(found, expected, rtol=0, atol=self.tolerance())
+# ---- block granularity
 
 
 @shapes
 @pytest.mark.parametrize("combine_by", ["mean", "max"])
-def test_paged_scores_are_the_scores_of_a_dense_gather(shape: Shape, combine_by: str) -> None:
-    paged = Paged(shape)
-    found = paged.score(paged.scorer(GKV(combine_by=combine_by)))
-    paged.assert_close(found, ops.combine(paged.dense(), combine_by))
+def test_block_scores_are_the_best_tokens_of_a_dense_gather(shape: Shape, combine_by: str) -> None:
+    world = World(shape)
+    policy = GKV(redundancy="none", combine_by=combine_by)
+    found = block_scores(world, world.scorer(policy))
+    best = normalised(world).unflatten(-1, (-1, shape.block_size)).amax(-1)
+    expected = policy.combine(best.flatten(0, 1) * 0.5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance(world))
 
 
 @shapes
-def test_ranks_are_taken_among_live_blocks_only(shape: Shape) -> None:
-    """Exact, from the scorer's own history: near ties may rank either way in a dense gather."""
-    paged = Paged(shape)
-    scorer = paged.scorer(GKV(combine_by="rank"))
-    found = paged.score(scorer)
-    live = scorer.history[SLOT][:, :, shape.live]
-    assert torch.equal(found[shape.live], ops.combine(live, "rank"))
-
-
-@shapes
-def test_where_the_blocks_lie_does_not_matter(shape: Shape) -> None:
-    found = [(p := Paged(shape, id_seed=seed)).score(p.scorer(GKV())) for seed in range(3)]
+@pytest.mark.parametrize("policy", [GKV(), KNorm()], ids=["gkv", "knorm"])
+def test_where_the_blocks_lie_does_not_matter(shape: Shape, policy: GKV | KNorm) -> None:
+    worlds = [World(shape, id_seed=seed) for seed in range(3)]
+    found = [block_scores(world, world.scorer(policy)) for world in worlds]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
 
 @shapes
-def test_foreign_memory_is_never_read(shape: Shape) -> None:
-    """All of it is NaN here: null block, foreign blocks, values, the tail's unwritten slots."""
-    paged = Paged(shape)
-    before = [cache.clone() for cache in paged.caches]
-    scorer = paged.scorer(GKV())
-    assert paged.score(scorer).isfinite().all()
-    assert scorer.history.isfinite().all()
-    for cache, unchanged in zip(paged.caches, before, strict=True):
+def test_scoring_reads_no_foreign_memory_and_writes_none(shape: Shape) -> None:
+    """All of it is NaN here: null block, foreign blocks, the tail's unwritten slots."""
+    world = World(shape)
+    before = [cache.clone() for cache in world.caches]
+    assert block_scores(world, world.scorer(GKV())).isfinite().all()
+    for cache, unchanged in zip(world.caches, before, strict=True):
         assert torch.equal(cache.nan_to_num(), unchanged.nan_to_num())
 
 
 @shapes
-@pytest.mark.parametrize("layers_at_a_time", [1, 2])
-def test_how_many_layers_are_gathered_at_a_time_does_not_matter(
-    shape: Shape, layers_at_a_time: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paged = Paged(shape)
-    scorer = paged.scorer(GKV())
-    whole = paged.score(scorer)
-    calls: list[int] = []
-    monkeypatch.setattr(GKV, "score", counted(calls))
-    live_keys = len(shape.live) * shape.block_size * shape.kv_heads * shape.head_dim
-    monkeypatch.setattr(scorer_module, "GATHER_BYTES", layers_at_a_time * 4 * live_keys)
-    scorer.reset([SLOT])
-    paged.assert_close(paged.score(scorer), whole)
-    assert max(calls) == min(layers_at_a_time, shape.layers)
-    assert sum(calls) == shape.layers
-
-
-def counted(calls: list[int]):
-    original = GKV.score
-
-    def score(self: GKV, view):
-        calls.append(view.keys.shape[0])
-        return original(self, view)
-
-    return score
+def test_layers_of_another_kv_group_are_read_through_their_own_table(shape: Shape) -> None:
+    one, two = World(shape), World(shape, kv_groups=2)
+    assert two.tables[0] != two.tables[1]
+    found = [block_scores(world, world.scorer(GKV())) for world in (one, two)]
+    assert torch.equal(*found)
 
 
 @shapes
-def test_holes_and_the_window_score_zero(shape: Shape) -> None:
-    paged = Paged(shape)
-    scores = paged.score(paged.scorer(GKV()))
-    assert len(scores) == shape.blocks
-    in_window = range(-(-(shape.tokens - shape.window) // shape.block_size), shape.blocks)
-    for block in range(shape.blocks):
-        assert (scores[block] == 0) == (block in shape.holes or block in in_window)
-
-
-def test_blocks_past_the_tokens_are_ignored() -> None:
-    """With asynchronous scheduling the table may already hold the next step's block."""
-    paged = Paged(SHAPES["holes"])
-    before = paged.score(paged.scorer(GKV()))
-    paged.table.append(1 + next(i for i in range(1, 40) if i + 1 not in paged.table))
-    assert torch.equal(paged.score(paged.scorer(GKV())), before)
-
-
-# ---- history
-
-
-@shapes
-def test_history_decays_and_keeps_the_larger_score(shape: Shape) -> None:
-    first, second = Paged(shape), Paged(shape, seed=1)
-    scorer = first.scorer(GKV(alpha=0.8))
-    first.score(scorer)
+def test_block_history_decays_and_keeps_the_larger_score(shape: Shape) -> None:
+    first, second = World(shape), World(shape, seed=1)
+    policy = GKV(redundancy="none", alpha=0.8)
+    scorer = first.scorer(policy)
+    block_scores(first, scorer)
     for layer, cache in zip(scorer.layers, second.caches, strict=True):
         layer.kv_cache = cache
     second.record(scorer, SLOT)
-    found = second.score(scorer)
-    expected = torch.maximum(0.8 * first.dense(), second.dense())
-    second.assert_close(scorer.history[SLOT][..., : shape.blocks], expected)
-    second.assert_close(found, expected.flatten(0, 1).mean(0))
-
-
-def test_a_block_evicted_in_between_no_longer_counts() -> None:
-    whole = SHAPES["holes"]
-    first = Paged(replace(whole, holes=()))
-    scorer = first.scorer(GKV(alpha=1.0))
-    first.score(scorer)
-    second = Paged(whole, seed=0)
-    for layer, cache in zip(scorer.layers, second.caches, strict=True):
-        layer.kv_cache = cache
-    scores = second.score(scorer)
-    assert not scores[list(whole.holes)].any()
-    live = torch.maximum(first.dense(), second.dense())[..., whole.live]
-    second.assert_close(scores[whole.live], live.flatten(0, 1).mean(0))
+    found = block_scores(second, scorer, remembered=len(shape.candidates), event=1)
+    best = [normalised(w).unflatten(-1, (-1, shape.block_size)).amax(-1) for w in (first, second)]
+    expected = policy.combine(torch.maximum(0.8 * best[0], best[1]).flatten(0, 1) * 0.5)
+    atol = tolerance(first) + tolerance(second)
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 def test_histories_of_slots_are_separate_and_reset_one_by_one() -> None:
-    shape = SHAPES["ragged_63_tokens_5_heads"]
-    paged = Paged(shape)
-    scorer = paged.scorer(GKV())
+    world = World(SHAPES["holes"])
+    scorer = world.scorer(GKV())
+    assert scorer.history is not None
     for slot in range(SLOTS):
-        paged.record(scorer, slot)
-        paged.score(scorer, slot)
+        world.record(scorer, slot)
+        block_scores(world, scorer, slot=slot)
         assert scorer.history[: slot + 1].flatten(1).any(1).all()
         assert not scorer.history[slot + 1 :].any()
     before = scorer.history.clone()
@@ -296,31 +121,156 @@ def test_histories_of_slots_are_separate_and_reset_one_by_one() -> None:
     assert torch.equal(scorer.history[1], before[1])
 
 
-def test_a_reset_slot_scores_like_a_fresh_one() -> None:
-    paged, other = Paged(SHAPES["holes"]), Paged(SHAPES["holes"], seed=1)
-    fresh = paged.score(paged.scorer(GKV()))
-    used = other.scorer(GKV())
-    other.score(used)
-    used.reset([SLOT])
-    for layer, cache in zip(used.layers, paged.caches, strict=True):
-        layer.kv_cache = cache
-    paged.record(used, SLOT)
-    assert torch.equal(paged.score(used), fresh)
+# ---- token granularity
 
 
-def test_requests_of_one_step_do_not_see_each_other() -> None:
-    """Two requests in one cache score together as each does alone."""
+class Kept:
+    """A compaction, and which tokens each layer and head should keep by the dense scores."""
+
+    def __init__(self, world: World, scope: str, fresh: int = 0) -> None:
+        self.world = world
+        self.before = [cache.clone() for cache in world.caches]
+        self.order = world.compaction(fresh=fresh)
+        scorer = world.scorer(ATTENTION_ONLY, moves_tokens=True, scope=scope)
+        scorer.compact(self.order, world.table)
+        scores = normalised(world)
+        if scope == "layer":
+            scores = scores.mean(1, keepdim=True).expand_as(scores)
+        elif scope == "all":
+            scores = scores.mean((0, 1), keepdim=True).expand_as(scores)
+        count = world.shape.keep * world.shape.block_size
+        self.scores = scores
+        self.best = scores.topk(count).indices.sort(-1).values
+
+    def target_ids(self, layer: int) -> Tensor:
+        group = self.world.group_of(layer)
+        fresh = self.order.fresh.get(group, {})
+        table = self.world.tables[group]
+        return torch.tensor([fresh.get(block, table[block]) for block in self.order.targets])
+
+
+def places(needles: Tensor, haystack: Tensor) -> Tensor:
+    """Where each key of `needles` [n, d] stands in `haystack` [m, d]; exact copies only."""
+    same = (needles[:, None] == haystack[None]).all(-1)
+    assert (same.sum(-1) == 1).all()
+    return same.int().argmax(-1)
+
+
+@shapes
+@pytest.mark.parametrize("scope", ["head", "layer", "all"])
+@pytest.mark.parametrize("fresh", [0, 2], ids=["own_targets", "fresh_targets"])
+def test_the_best_tokens_stand_in_the_targets_in_order(
+    shape: Shape, scope: str, fresh: int
+) -> None:
+    world = World(shape, kv_groups=2)
+    kept = Kept(world, scope, fresh)
+    first = shape.protected * shape.block_size
+    for i, cache in enumerate(world.caches):
+        ids = kept.target_ids(i)
+        keys, values = cpu_layout.gather_keys(cache, ids), cpu_layout.gather_values(cache, ids)
+        for head in range(shape.kv_heads):
+            at = places(keys[head], world.keys[i][head])
+            assert torch.equal(values[head], world.values[i][head, at])
+            assert (at.diff() > 0).all()
+            # Equal to the dense choice but for scores closer than rounding.
+            chosen = kept.scores[i, head, at - first].sort().values
+            best = kept.scores[i, head, kept.best[i, head]].sort().values
+            torch.testing.assert_close(chosen, best, rtol=0, atol=2 * tolerance(world))
+        if scope != "head":
+            sets = [places(keys[h], world.keys[i][h]) for h in range(shape.kv_heads)]
+            assert all(torch.equal(sets[0], other) for other in sets)
+
+
+@shapes
+def test_compaction_writes_its_targets_and_nothing_else(shape: Shape) -> None:
+    world = World(shape)
+    kept = Kept(world, "head")
+    for i, (cache, before) in enumerate(zip(world.caches, kept.before, strict=True)):
+        others = torch.ones(len(cache), dtype=torch.bool)
+        others[kept.target_ids(i)] = False
+        assert torch.equal(cache[others].nan_to_num(), before[others].nan_to_num())
+
+
+@shapes
+def test_shared_targets_keep_their_bytes_when_fresh_blocks_stand_in(shape: Shape) -> None:
+    world = World(shape)
+    kept = Kept(world, "head", fresh=1)
+    shared = world.tables[0][kept.order.targets[0]]
+    for cache, before in zip(world.caches, kept.before, strict=True):
+        assert torch.equal(cache[shared], before[shared])
+
+
+@shapes
+def test_heads_keep_different_tokens_under_scope_head(shape: Shape) -> None:
+    world = World(shape)
+    kept = Kept(world, "head")
+    keys = cpu_layout.gather_keys(world.caches[0], kept.target_ids(0))
+    sets = [places(keys[h], world.keys[0][h]) for h in range(shape.kv_heads)]
+    assert not torch.equal(sets[0], sets[1])
+
+
+@shapes
+def test_token_history_moves_with_its_token(shape: Shape) -> None:
+    """The plane of the targets holds F of the very tokens that stand there; new ones start at S."""
+    world = World(shape)
+    Kept(world, "head")
+    first = shape.protected * shape.block_size
+    dense = normalised(world)
+    for i in range(shape.layers):
+        ids = world.ids(i, world.compaction().targets)
+        keys = cpu_layout.gather_keys(world.caches[i], ids)
+        plane = world.planes[i][ids].transpose(0, 1).flatten(1)
+        for head in range(shape.kv_heads):
+            at = places(keys[head], world.keys[i][head])
+            torch.testing.assert_close(
+                plane[head], dense[i, head, at - first], rtol=0, atol=tolerance(world)
+            )
+
+
+@shapes
+def test_only_what_is_remembered_has_a_past(shape: Shape) -> None:
+    """Stale numbers of a block's former owner count for nothing, NaN and huge ones included."""
+    remembered = len(shape.candidates) - 1
+    results = []
+    for stale in (NAN, 1e6, 0.0):
+        world = World(shape)
+        for i, plane in enumerate(world.planes):
+            plane.fill_(stale)
+            plane[world.ids(i, shape.candidates[:remembered])] = 0.5
+        order = world.compaction(remembered=remembered)
+        world.scorer(ATTENTION_ONLY, moves_tokens=True).compact(order, world.table)
+        targets = [world.ids(i, order.targets) for i in range(shape.layers)]
+        results.append([p[ids] for p, ids in zip(world.planes, targets, strict=True)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_history_lifts_a_token_that_the_present_window_ignores() -> None:
+    """A remembered score of 1 decays to 0.8 and wins over what scores less now."""
     shape = SHAPES["holes"]
-    paged = Paged(shape)
-    scorer = paged.scorer(GKV())
-    paged.record(scorer, 2)
-    shorter = Observation(slot=2, epoch=0, num_tokens=shape.tokens - shape.block_size)
-    whole = Observation(slot=SLOT, epoch=0, num_tokens=shape.tokens)
-    together = scorer.score({"a": shorter, "b": whole}, lambda _, group: paged.table).scores
-    scorer.reset([SLOT, 2])
-    for name, seen in (("a", shorter), ("b", whole)):
-        alone = scorer.score({name: seen}, lambda _, group: paged.table).scores
-        assert alone[name] == together[name]
+    world = World(shape)
+    lifted = shape.candidates[3]
+    for i, plane in enumerate(world.planes):
+        plane[world.ids(i, shape.candidates)] = 0
+        plane[world.ids(i, [lifted])] = 1.0
+    order = world.compaction(remembered=len(shape.candidates))
+    world.scorer(ATTENTION_ONLY, moves_tokens=True).compact(order, world.table)
+    start = shape.live.index(lifted) * shape.block_size
+    keys = cpu_layout.gather_keys(world.caches[0], world.ids(0, order.targets))
+    for head in range(shape.kv_heads):
+        kept = places(keys[head], world.keys[0][head]).tolist()
+        assert set(range(start, start + shape.block_size)) <= set(kept)
+
+
+def test_recency_by_token_keeps_the_newest_candidates() -> None:
+    shape = SHAPES["ragged_63_new_tokens_5_heads"]
+    world = World(shape)
+    order = world.compaction()
+    world.scorer(Recency(), moves_tokens=True).compact(order, world.table)
+    count = shape.keep * shape.block_size
+    end = (shape.candidates[-1] + 1) * shape.block_size
+    keys = cpu_layout.gather_keys(world.caches[0], world.ids(0, order.targets))
+    assert places(keys[0], world.keys[0][0]).tolist() == list(range(end - count, end))
 
 
 # ---- what it costs
@@ -328,42 +278,40 @@ def test_requests_of_one_step_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize("name", ["kv_heads", "head_dim", "scale", "softcap"])
 def test_layers_must_be_alike(name: str) -> None:
-    paged = Paged(SHAPES["holes"])
-    layers = paged.scorer(GKV()).layers
+    world = World(SHAPES["holes"])
+    layers = world.scorer(GKV()).layers
     setattr(layers[1], name, getattr(layers[1], name) + 1)
     with pytest.raises(ValueError, match="they differ in"):
-        BlockScorer(GKV(), layers, gather_keys, slots=1, max_blocks=4, block_size=32)
-
-
-@shapes
-def test_layers_of_another_group_are_read_through_their_own_table(shape: Shape) -> None:
-    paged = Paged(shape)
-    scorer = paged.scorer(GKV())
-    together = paged.score(scorer)
-    # The last layer moves to group 1, whose table names other blocks of the pool.
-    pool = len(paged.caches[-1])
-    moved = {block: pool - block for block in range(1, pool)}
-    last = scorer.layers[-1]
-    order = [0, *(pool - block for block in range(1, pool))]
-    last.group, last.kv_cache = 1, last.kv_cache[order].contiguous()
-    tables = {0: paged.table, 1: [moved.get(block, 0) for block in paged.table]}
-    scorer.reset([SLOT])
-    seen = Observation(slot=SLOT, epoch=5, num_tokens=shape.tokens)
-    _, scores = scorer.score({"r": seen}, lambda _, group: tables[group]).scores["r"]
-    assert torch.equal(torch.tensor(scores), together)
+        Scorer(
+            GKV(),
+            layers,
+            world.ops,
+            window=16,
+            block_size=32,
+            moves_tokens=False,
+            scope="head",
+            slots=1,
+            max_blocks=4,
+        )
 
 
 @shapes
 def test_the_reserved_bytes_are_the_allocated_bytes(shape: Shape) -> None:
-    scorer = Paged(shape).scorer(GKV())
-    rings = sum(layer.ring.queries.nbytes for layer in scorer.layers)
-    per_slot = state_bytes_per_slot(
+    world = World(shape)
+    scorer = world.scorer(GKV())
+    assert scorer.history is not None
+    rings = sum(layer.ring.queries.nbytes for layer in scorer.layers if layer.ring)
+    assert rings == SLOTS * ring_bytes(
         layers=shape.layers,
         query_heads=shape.query_heads,
-        kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         window=shape.window,
-        max_blocks=shape.blocks + 3,
-        query_itemsize=shape.dtype.itemsize,
+        itemsize=shape.dtype.itemsize,
     )
-    assert rings + scorer.history.nbytes == SLOTS * per_slot
+    assert scorer.history.nbytes == SLOTS * history_bytes(
+        layers=shape.layers, kv_heads=shape.kv_heads, max_blocks=shape.blocks + 3
+    )
+    planes = sum(plane.nbytes for plane in world.planes)
+    assert planes == len(world.planes[0]) * plane_bytes(
+        layers=shape.layers, kv_heads=shape.kv_heads, block_size=shape.block_size
+    )
