@@ -25,7 +25,7 @@ from gkv_vllm.config import blocks_for
 from gkv_vllm.engine.footprint import due_tokens, protected_blocks
 
 STOCK = "stock"
-NOT_DUE = "gkv, never due"
+NOT_DUE = "gkv:token, never due"
 ENVIRONMENT = {
     # GiB for the KV cache; the pool's size is given in blocks and takes a tenth of it.
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -90,10 +90,11 @@ class Settings:
         if side == STOCK:
             return None
         if side == NOT_DUE:
-            return {"policy": "gkv", "budget": self.max_model_len, "interval": self.interval}
-        name, protect = policy_and_protect(side)
-        settings = {"policy": name, "budget": self.budget, "interval": self.interval}
-        return {**settings, "protect": protect}
+            settings = {"budget": self.max_model_len, "interval": self.interval}
+            return {"policy": "gkv", "granularity": "token", **settings}
+        parsed = Side.parse(side)
+        settings = {"budget": self.budget, "interval": self.interval}
+        return {**settings, **asdict(parsed)}
 
     def cases(self) -> dict[str, tuple[int, tuple[str, ...]]]:
         """Name of each case: blocks in the pool, and the sides."""
@@ -103,10 +104,20 @@ class Settings:
         }
 
 
-def policy_and_protect(side: str) -> tuple[str, str]:
-    """`gkv` protects the prompt, which is the default; `gkv/none` is gkv with protect=none."""
-    name, _, protect = side.partition("/")
-    return name, protect or "prompt"
+@dataclass(frozen=True)
+class Side:
+    """`gkv:token/none` is gkv by token with protect=none; by default blocks and the prompt."""
+
+    policy: str
+    granularity: str
+    protect: str
+
+    @classmethod
+    def parse(cls, text: str) -> Side:
+        """`POLICY[:GRANULARITY][/PROTECT]`."""
+        what, _, protect = text.partition("/")
+        policy, _, granularity = what.partition(":")
+        return cls(policy, granularity or "block", protect or "prompt")
 
 
 Measurements = dict[tuple[str, str], list[Result]]
@@ -121,7 +132,7 @@ def measure_all(settings: Settings, say: Callable[[str], None]) -> Measurements:
                 result = cell.run(settings.job(blocks, side), settings.environment)
                 measurements.setdefault((case, side), []).append(result)
                 say(
-                    f"round {round_ + 1}/{settings.rounds}  {case:<12}  {side:<14}  "
+                    f"round {round_ + 1}/{settings.rounds}  {case:<12}  {side:<20}  "
                     f"{result.tokens_per_second:7.0f} tok/s"
                 )
     return measurements
@@ -135,7 +146,7 @@ def held_blocks(settings: Settings, side: str) -> Iterator[int]:
 
     The planner's rules (docs/design.md), without the steps that scores take to arrive."""
     size, holes = settings.block_size, 0
-    protect = policy_and_protect(side)[1]
+    protect = Side.parse(side).protect
     protected = protected_blocks(protect, settings.prompt_tokens, size)
     due = due_tokens(settings.budget, settings.interval, size)
     for n in range(settings.prompt_tokens + 1, settings.prompt_tokens + settings.tokens + 1):
@@ -284,11 +295,28 @@ def sentences(numbers: dict[str, Any]) -> list[str]:
     idle = ample[NOT_DUE]
     return [
         *(line for policy in numbers["settings"]["policies"] for line in bounds(numbers, policy)),
+        *granularities(numbers),
         f"Step overhead when nothing is due: {idle['ratio_to_stock']:.3f} of the speed of stock "
         f"(rounds: {', '.join(f'{ratio:.3f}' for ratio in idle['ratio_per_round'])}); the median "
         f"step takes {idle['ms_per_step_median']} ms, {ample[STOCK]['ms_per_step_median']} ms in "
         "stock.",
     ]
+
+
+def granularities(numbers: dict[str, Any]) -> list[str]:
+    """What moving tokens costs in throughput, for policies measured both ways."""
+    sides = numbers["settings"]["policies"]
+    lines = []
+    for side in sides:
+        block = side.replace(":token", ":block")
+        if side == block or block not in sides:
+            continue
+        ratios = []
+        for name, case in numbers["cases"].items():
+            of = {one: case["sides"][one]["tokens_per_second"] for one in (side, block)}
+            ratios.append(f"{of[side] / of[block]:.3f} ({name})")
+        lines.append(f"{side} makes of the throughput of {block}: {', '.join(ratios)}.")
+    return lines
 
 
 def bounds(numbers: dict[str, Any], policy: str) -> list[str]:
@@ -324,7 +352,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Settings, Path]:
     parser.add_argument("--pool", type=int, default=320, help="blocks, memory-bound case")
     parser.add_argument("--ample-pool", type=int, default=2400, help="blocks, ample case")
     parser.add_argument(
-        "--policies", default="gkv,gkv/none", help="names; NAME/MODE sets what is protected"
+        "--policies",
+        default="gkv:block,gkv:token,rkv:token,random:token",
+        help="comma-separated POLICY[:GRANULARITY][/PROTECT]; default block and prompt",
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(

@@ -112,6 +112,65 @@ class InProcessEngine:
         """The paged cache tensors, one per layer: [blocks, kv_heads, block_size, 2 * head_dim]."""
         return [cache for cache in self.runner.kv_caches]
 
+    def close(self) -> None:
+        """Let another engine start in this process."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self.core, self.scheduler, self.worker, self.runner, self.pool
+        cleanup_dist_env_and_memory()
+
+    @contextmanager
+    def each_eviction(self, look: Callable[[], None]) -> Iterator[None]:
+        """Call `look()` after blocks were freed and before vLLM allocates, in every step."""
+        original = self.scheduler._evict
+
+        def evict() -> None:
+            original()
+            look()
+
+        self.scheduler._evict = evict
+        try:
+            yield
+        finally:
+            del self.scheduler._evict
+
+    @contextmanager
+    def each_begin(self, look: Callable[[Any], None]) -> Iterator[None]:
+        """Call `look(plan)` once the worker has carried a plan out, before the step's forward."""
+        evictor = self.worker.evictor
+        original = evictor.begin
+
+        def begin(plan: Any) -> None:
+            original(plan)
+            look(plan)
+
+        evictor.begin = begin
+        try:
+            yield
+        finally:
+            del evictor.begin
+
+    @contextmanager
+    def each_compaction(self, look: Callable[[Any], None]) -> Iterator[None]:
+        """Call `look(keep)` for every layer whose survivors move: [kv_heads or 1, tokens]."""
+        scorer = self.worker.evictor.scorer
+        original = scorer.ops
+
+        class Seen:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(original, name)
+
+            def compact(self, cache: Any, plane: Any, source: Any, target: Any, keep: Any) -> None:
+                look(keep.clone())
+                original.compact(cache, plane, source, target, keep)
+
+        scorer.ops = Seen()
+        try:
+            yield
+        finally:
+            scorer.ops = original
+
     @contextmanager
     def each_schedule(self, look: Callable[[Any], None]) -> Iterator[None]:
         """Call `look(scheduler_output)` for every step that is scheduled inside the block."""
@@ -127,6 +186,11 @@ class InProcessEngine:
             yield
         finally:
             del self.scheduler.schedule
+
+
+def moves_tokens(engine: InProcessEngine) -> bool:
+    """Whether this engine has token granularity."""
+    return engine.scheduler.kv_policy.moves_tokens
 
 
 def completed(output: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .harness import (
     ENGINE_ENVIRONMENT,
     POLICY,
     InProcessEngine,
+    moves_tokens,
     prompt,
     request,
     run_elsewhere,
@@ -31,12 +32,15 @@ NUM_BLOCKS = 260
 SMALL = {"kv_budget": 96}
 
 
-@pytest.fixture(scope="module")
-def engine(demo_model: Path) -> Iterator[InProcessEngine]:
+@pytest.fixture(scope="module", params=["block", "token"])
+def engine(demo_model: Path, request: pytest.FixtureRequest) -> Iterator[InProcessEngine]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENGINE_ENVIRONMENT.items():
             patch.setenv(name, value)
-        yield InProcessEngine(demo_model, num_blocks=NUM_BLOCKS, kv_policy=POLICY)
+        policy = {**POLICY, "granularity": request.param}
+        engine = InProcessEngine(demo_model, num_blocks=NUM_BLOCKS, kv_policy=policy)
+        yield engine
+        engine.close()
 
 
 @pytest.fixture(autouse=True)
@@ -64,19 +68,27 @@ def assert_accounts_balance(engine: InProcessEngine) -> None:
     assert engine.pool.get_num_free_blocks() + len(holders) == NUM_BLOCKS - 1
 
 
-def test_nothing_evicted_gives_the_very_bits_of_stock_vllm(
-    engine: InProcessEngine, demo_model: Path
-) -> None:
+def mixed_batch() -> list[dict[str, Any]]:
+    """Chunks, shared prefixes, sampling; the second half meets a warm prefix cache."""
     shared = prompt(3, 150)
     # First, so that its prompt is not split: a seeded request in chunks kills stock vLLM on CPU.
     sampled = request(prompt(9, 60), 40, temperature=0.8)
     batch = [request(prompt(i, 20 + 31 * i), 60) for i in range(5)]
     batch += [request(shared + prompt(i, 40), 50) for i in range(20, 24)]
-    twice = [sampled, *batch, *batch]  # the second half meets a warm prefix cache
+    return [sampled, *batch, *batch]
+
+
+@pytest.fixture(scope="module")
+def stock(demo_model: Path) -> dict[str, Any]:
+    return run_elsewhere(demo_model, mixed_batch(), NUM_BLOCKS, plugin=False)
+
+
+def test_nothing_evicted_gives_the_very_bits_of_stock_vllm(
+    engine: InProcessEngine, stock: dict[str, Any]
+) -> None:
     events = engine.scheduler.planner.stats.evictions
-    ours = engine.run(twice)
+    ours = engine.run(mixed_batch())
     assert engine.scheduler.planner.stats.evictions == events
-    stock = run_elsewhere(demo_model, twice, NUM_BLOCKS, plugin=False)
     assert stock["evictions"] is None
     assert ours == stock["outputs"]
 
@@ -116,33 +128,52 @@ def test_a_request_never_holds_more_than_its_bound_and_accounts_balance(
 
 
 def test_freed_blocks_are_never_read(engine: InProcessEngine) -> None:
+    """What left a table is NaN as soon as the survivors have moved, before the forward.
+
+    A block that somebody got in the same schedule is made large instead: stock vLLM hands out
+    blocks as they are, and its kernels multiply the unwritten rest of a last one by zero."""
     requests = [request(prompt(i, 40 + 9 * i), 300, **SMALL) for i in range(6)]
     clean = engine.run(requests)
     engine.forget_cache()
     caches = engine.key_value_caches()
-    poisoned: set[int] = set()
+    free: set[int] = set()
+    reused, poisoned = 0, 0
 
-    def poison(output: Any) -> None:
-        plan = getattr(output, "gkv_plan", None)
-        # What this step allocates may be blocks that were poisoned: stock vLLM hands out blocks
-        # with whatever they held, and its kernels do read the unwritten rest of a last block.
-        holders = held(engine)
-        for block_id in poisoned & set(holders):
-            for cache in caches:
-                cache[block_id] = 0
-        poisoned.difference_update(holders)
-        if plan is None or not plan.drops:
-            return
-        for block in engine.pool.blocks[1:]:
-            if block.ref_cnt == 0 and block.block_hash is None:
-                poisoned.add(block.block_id)
-                for cache in caches:
-                    cache[block.block_id] = float("nan")
+    def fill(ids: set[int], value: float) -> None:
+        for cache in caches:
+            cache[sorted(ids)] = value
+
+    def unhashed_free() -> set[int]:
+        blocks = engine.pool.blocks[1:]
+        return {b.block_id for b in blocks if b.ref_cnt == 0 and b.block_hash is None}
+
+    def freed() -> None:
+        free.update(unhashed_free())
+
+    def moved(plan: Any) -> None:
+        nonlocal reused, poisoned
+        renewed = {
+            block_id
+            for order in (plan.compact if plan else {}).values()
+            for ids in order.fresh.values()
+            for block_id in ids.values()
+        }
+        handed_out = free - unhashed_free() - renewed
+        fill(handed_out, 1e4)
+        reused += len(handed_out)
+        fresh_poison = unhashed_free() if plan and plan.drops else set()
+        fill(fresh_poison, float("nan"))
+        poisoned += len(fresh_poison)
+        free.clear()
+        free.update(unhashed_free())
 
     try:
-        with engine.each_schedule(poison):
+        fill(unhashed_free(), float("nan"))
+        free.update(unhashed_free())
+        with engine.each_eviction(freed), engine.each_begin(moved):
             dirty = engine.run(requests)
-        assert len(poisoned) > 20
+        assert reused > 50
+        assert poisoned > 50
         assert dirty == clean
     finally:
         for cache in caches:
@@ -163,7 +194,7 @@ def test_shared_prefix_bytes_survive_eviction_and_others_hit_them(engine: InProc
 
     def look(output: Any) -> None:
         plan = getattr(output, "gkv_plan", None)
-        for blocks in (plan.drops if plan else {}).values():
+        for (blocks,) in (plan.drops if plan else {}).values():
             dropped.update(blocks)
 
     with engine.each_schedule(look):
@@ -189,8 +220,10 @@ def test_blocks_computed_after_an_eviction_never_enter_the_prefix_cache(
 
     with engine.each_schedule(look):
         engine.run([request(follow_up, 1, kv_policy="none")])
-    # Two blocks of prompt, the budget and the interval: then the first block left.
-    assert hits == [2 * BLOCK_SIZE + 96 + 32]
+    # Two blocks of prompt, the budget and the interval: then the first block left. Survivors
+    # that move take the first block of the region away from the cache, and all behind it.
+    exact = 0 if moves_tokens(engine) else 96 + 32
+    assert hits == [2 * BLOCK_SIZE + exact]
 
 
 def test_four_times_more_demand_than_blocks_ends_well(engine: InProcessEngine) -> None:
@@ -221,42 +254,90 @@ def test_four_times_more_demand_than_blocks_ends_well(engine: InProcessEngine) -
     assert not engine.scheduler.planner.tracks
 
 
+class Survivors:
+    """Which position each cell of each layer and head holds, by the engine's own moves."""
+
+    def __init__(self, engine: InProcessEngine, positions: int) -> None:
+        self.engine = engine
+        scorer = engine.worker.evictor.scorer
+        heads = [layer.kv_heads for layer in scorer.layers]
+        cells = torch.arange(positions)
+        self.held = torch.stack([cells.expand(heads[0], -1).clone() for _ in heads])
+        """[layers, kv_heads, cells]: -1 where nothing is held any more."""
+        self.gone: list[tuple[int, torch.Tensor]] = []
+        """From which position on [layers, kv_heads, positions] are out of sight."""
+
+    def moved(self, targets: list[int], sources: list[int], keep: torch.Tensor) -> None:
+        """keep [layers, kv_heads, tokens] among the tokens of the source blocks."""
+        before = self.held[..., cells_of(sources)]
+        self.held[..., cells_of(targets)] = before.gather(-1, keep.expand(*before.shape[:2], -1))
+
+    def dropped(self, blocks: list[int], position: int) -> None:
+        self.held[..., cells_of(blocks)] = -1
+        self.gone.append((position, self.held.clone()))
+
+
+def cells_of(blocks: list[int]) -> torch.Tensor:
+    return torch.cat([torch.arange(b * BLOCK_SIZE, (b + 1) * BLOCK_SIZE) for b in blocks])
+
+
 def test_log_probabilities_equal_a_dense_model_over_the_surviving_tokens(
     engine: InProcessEngine, demo_model: Path
 ) -> None:
-    """The whole chain at once: a Hugging Face forward in which a query sees what survived."""
+    """The whole chain at once: a Hugging Face forward in which each query head of each layer sees
+    what survived there."""
     from transformers import AutoModelForCausalLM
 
     asked = request(prompt(90, 45), 420, **SMALL)
-    gone_at: dict[int, int] = {}  # logical block -> first position computed without it
+    length = len(asked["prompt_token_ids"]) + 420
+    survivors = Survivors(engine, -(-length // BLOCK_SIZE) * BLOCK_SIZE)
+    kept: list[torch.Tensor] = []
 
-    def look(output: Any) -> None:
-        plan = getattr(output, "gkv_plan", None)
+    def look(plan: Any) -> None:
         if plan is None or not plan.drops:
             return
-        ((id_, blocks),) = plan.drops.items()
+        ((id_, (blocks,)),) = plan.drops.items()
+        for order in plan.compact.values():
+            survivors.moved(order.targets, order.selection.candidates[0], torch.stack(kept))
+            kept.clear()
         position = engine.scheduler.requests[id_].num_computed_tokens - 1
-        gone_at.update(dict.fromkeys(blocks, position))
+        survivors.dropped(blocks, position)
 
-    with engine.each_schedule(look):
+    with engine.each_compaction(lambda keep: kept.append(keep)), engine.each_begin(look):
         (answer,) = engine.run([asked])
-    assert len(gone_at) > 5
+    assert len(survivors.gone) > 5
 
     tokens = torch.tensor([asked["prompt_token_ids"] + answer["token_ids"]])
-    length = tokens.shape[1]
-    visible = torch.ones(length, length, dtype=torch.bool).tril()
-    for block, position in gone_at.items():
-        visible[position:, block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE] = False
     model = AutoModelForCausalLM.from_pretrained(
         demo_model, dtype=torch.float32, attn_implementation="eager"
     )
-    mask = torch.zeros(1, 1, length, length).masked_fill(~visible, torch.finfo(torch.float32).min)
+    layers, kv_heads = survivors.held.shape[:2]
+    group = model.config.num_attention_heads // kv_heads
+    visible = torch.ones(length, length, dtype=torch.bool).tril().repeat(layers, kv_heads, 1, 1)
+    for position, held in survivors.gone:
+        left = torch.zeros(layers, kv_heads, length + BLOCK_SIZE, dtype=torch.bool)
+        left.scatter_(-1, held.clamp_min(0), True)
+        left[..., 0] = (held == 0).any(-1)  # what is not held was written there
+        # Newer positions are not concerned: they are in their own cells.
+        left[..., position:] = True
+        visible[:, :, position:] &= left[:, :, None, :length]
+    minimum = torch.finfo(torch.float32).min
+    masks = torch.zeros(visible.shape).masked_fill(~visible, minimum).repeat_interleave(group, 1)
+    for layer, mask in zip(model.model.layers, masks, strict=True):
+        layer.self_attn.register_forward_pre_hook(masked(mask[None]), with_kwargs=True)
     with torch.no_grad():
-        logits = model(tokens, attention_mask=mask).logits[0]
+        logits = model(tokens).logits[0]
     predicted = logits.log_softmax(-1)[len(asked["prompt_token_ids"]) - 1 : -1]
     expected = predicted.gather(1, tokens[0, len(asked["prompt_token_ids"]) :, None])[:, 0]
     # float32 through four layers: the two forwards differ by rounding only.
     torch.testing.assert_close(torch.tensor(answer["logprobs"]), expected, rtol=1e-3, atol=2e-3)
+
+
+def masked(mask: torch.Tensor) -> Any:
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": mask}
+
+    return hook
 
 
 def test_the_same_request_repeats_whatever_else_is_in_the_batch(engine: InProcessEngine) -> None:
@@ -266,3 +347,51 @@ def test_the_same_request_repeats_whatever_else_is_in_the_batch(engine: InProces
     crowd = [request(prompt(100 + i, 30 + i), 200, **SMALL) for i in range(5)]
     together = engine.run([*crowd, asked])[-1]
     assert json.dumps(together["token_ids"]) == json.dumps(alone["token_ids"])
+
+
+def test_the_same_request_repeats_however_fragmented_the_pool_is(engine: InProcessEngine) -> None:
+    asked = request(prompt(34, 50), 250, **SMALL)
+    alone = engine.run([asked])[0]
+    # Requests of many lengths end at different times: the free queue is no longer in order.
+    engine.run([request(prompt(200 + i, 20 + 17 * i), 30 + 23 * i) for i in range(7)])
+    engine.forget_cache()
+    tables: list[list[int]] = []
+
+    def look(output: Any) -> None:
+        (manager,) = engine.scheduler.evicting_managers
+        for blocks in manager.req_to_blocks.values():
+            tables.append([block.block_id for block in blocks if not block.is_null])
+
+    with engine.each_schedule(look):
+        again = engine.run([asked])[0]
+    longest = max(tables, key=len)
+    assert any(b - a != 1 for a, b in zip(longest, longest[1:], strict=False)), "not fragmented"
+    assert again == alone
+
+
+def test_fresh_blocks_stand_in_for_shared_ones_and_nobody_notices(
+    engine: InProcessEngine,
+) -> None:
+    """Two requests over one unprotected prefix: both evict while the other still reads it."""
+    shared = prompt(8, 6 * BLOCK_SIZE)
+    asked = [
+        request(shared + prompt(130 + i, 9 + i), 200, kv_budget=96, kv_protect="none")
+        for i in range(2)
+    ]
+    alone = []
+    for one in asked:
+        alone += engine.run([one])
+        engine.forget_cache()
+    fresh = 0
+
+    def look(plan: Any) -> None:
+        nonlocal fresh
+        for order in (plan.compact if plan else {}).values():
+            fresh += sum(map(len, order.fresh.values()))
+
+    # The first one caches the prefix; then both hold it.
+    engine.run([request(shared + prompt(140, 3), 1)])
+    with engine.each_begin(look):
+        together = engine.run(asked)
+    assert (fresh > 0) == moves_tokens(engine)
+    assert [o["token_ids"] for o in together] == [o["token_ids"] for o in alone]
