@@ -108,6 +108,12 @@ def block_max(scores: Tensor, block_size: int) -> Tensor:
     return scores.unflatten(-1, (-1, block_size)).amax(-1)
 
 
+def check_kernel(kernel: int | None) -> None:
+    """ValueError unless it is an odd number of tokens to pool over (or None)."""
+    if kernel is not None and (kernel < 1 or kernel % 2 == 0):
+        raise ValueError(f"kernel must be a positive odd number of tokens, got {kernel}")
+
+
 def max_pool(scores: Tensor, kernel: int) -> Tensor:
     """The maximum over each token and its neighbours, `kernel` (odd) in all. [..., tokens]"""
     flat = scores.flatten(0, -2)[:, None]

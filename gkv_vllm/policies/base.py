@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +51,14 @@ class Policy:
 
     needs: ClassVar[Needs] = Needs()
 
+    def __post_init__(self) -> None:
+        """ValueError for a parameter that is not one of its Literal's values."""
+        for name, hint in get_type_hints(type(self)).items():
+            choices = literal_choices(hint)
+            value = getattr(self, name, None)
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
     def update(self, view: View) -> Tensor:
         """The new history [layers, kv_heads, units] out of the old one, `view.history`.
 
@@ -62,5 +70,15 @@ class Policy:
         raise NotImplementedError
 
     def combine(self, scores: Tensor) -> Tensor:
-        """What n layers and heads that share a kept set agree on: [..., n, units] -> [..., units]."""
+        """What n layers and heads sharing a kept set agree on: [..., n, units] -> [..., units]."""
         return scores.mean(-2)
+
+
+def literal_choices(hint: Any) -> tuple[str, ...]:
+    """The values of a Literal, also of an optional one; none for any other type."""
+    parts = (
+        hint
+        if get_origin(hint) is Literal
+        else next((part for part in get_args(hint) if get_origin(part) is Literal), None)
+    )
+    return get_args(parts) if parts is not None else ()

@@ -5,42 +5,107 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from gkv_vllm.policies.base import LayerView, Policy
+import torch
+
+from gkv_vllm.ops import reference as ops
+from gkv_vllm.policies.base import Needs, Policy
 from gkv_vllm.policies.registry import register_policy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gkv_vllm.policies.view import View
+
+FIRST_POOL = 5
+"""Zipage pools the scores of a request's first compression over so many tokens."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What sources of the same idea disagree on."""
+
+    score_weight: float
+    temperature: float
+    redundancy: str
+    normalised: bool
+    pools_first: bool
+
+
+VARIANTS = {
+    "paper": Variant(0.5, 1.0, "exact", normalised=True, pools_first=False),
+    "zipage": Variant(0.2, 0.4, "block", normalised=False, pools_first=True),
+}
+
 
 @register_policy("gkv")
 @dataclass(frozen=True)
 class GKV(Policy):
-    """G-KV (arXiv 2512.00504, section 3) at block granularity, without the redundancy term.
+    """Keeps what was ever important and is not said twice: decayed maximum of attention scores.
 
-    Per layer and KV head: S = mean over the window's queries of the maximum over the query group
-    of softmax attention, window columns dropped; S <- S / max S; a block scores its best token;
-    F = max(alpha * F_prev, S). `combine` turns F into one number per block: the `mean` or
-    `max` over layers and heads, or the mean `rank` (each layer and head votes with an order)."""
+    G-KV (arXiv 2512.00504, section 3), per layer and KV head:
 
+        S = mean over the window of max over the query group of softmax attention; S <- S / max S
+        F = max(alpha F_past, S)          (history: `max`; `mean`, `sum` are the paper's ablations)
+        Z = score_weight F - (1 - score_weight) R / max R
+
+    R is how much a key resembles the others (`View.redundancy`); the maxima are over the tokens
+    older than the window. With block granularity S is the best token of a block, before the history
+    (so F is the tokens' own history, max-pooled), and R the mean of a block's tokens.
+
+    `variant="zipage"` (arXiv 2603.08743): weight 0.2, R among the keys of each cache block alone
+    with softmax temperature 0.4, nothing divided by its maximum, S max-pooled over 5 tokens at a
+    request's first eviction. `score_weight`, `temperature` and `redundancy` follow the variant
+    unless given. `combine_by` is how layers and heads agree where they share a kept set."""
+
+    needs: ClassVar[Needs] = Needs(queries=True, history=True)
+
+    variant: Literal["paper", "zipage"] = "paper"
     alpha: float = 0.8
-    combine_by: str = "mean"
+    history: Literal["max", "mean", "sum"] = "max"
+    score_weight: float | None = None
+    temperature: float | None = None
+    redundancy: Literal["exact", "block", "none"] | None = None
+    combine_by: Literal["mean", "max", "rank"] = "mean"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must lie between 0 and 1, got {self.alpha}")
-        if self.combine_by not in ("mean", "max", "rank"):
-            raise ValueError(f"combine_by must be mean, max or rank, got '{self.combine_by}'")
+        super().__post_init__()
+        for name in ("alpha", "score_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        if self.temperature is not None and self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
 
-    def score(self, view: LayerView) -> Tensor:
-        from gkv_vllm.ops import reference as ops
+    def update(self, view: View) -> Tensor:
+        variant = VARIANTS[self.variant]
+        local = view.local_scores("max_probability")
+        if variant.pools_first and view.event == 0:
+            local = ops.max_pool(local, FIRST_POOL)
+        if variant.normalised:
+            local = ops.normalise(local)
+        present, past = view.units(local), view.history
+        assert past is not None
+        if self.history == "max":
+            return torch.maximum(self.alpha * past, present)
+        if self.history == "sum":
+            return self.alpha * past + present
+        is_new = torch.arange(view.num_units, device=past.device) >= view.remembered
+        return self.alpha * torch.where(is_new, present, past) + (1 - self.alpha) * present
 
-        local = ops.local_scores(view.queries, view.keys, view.scale, view.softcap)
-        present = ops.block_max(ops.normalise(local), view.block_size, view.history.shape[-1])
-        return ops.decayed_max(view.history, present, self.alpha)
+    def score(self, view: View) -> Tensor:
+        variant = VARIANTS[self.variant]
+        weight = variant.score_weight if self.score_weight is None else self.score_weight
+        kind = self.redundancy or variant.redundancy
+        assert view.history is not None
+        if kind == "none" or weight == 1.0:
+            return view.history
+        temperature = variant.temperature if self.temperature is None else self.temperature
+        redundancy = view.redundancy(temperature=temperature, within_blocks=kind == "block")
+        if variant.normalised:
+            redundancy = ops.normalise(redundancy)
+        return weight * view.history - (1 - weight) * view.units(redundancy, by="mean")
 
     def combine(self, scores: Tensor) -> Tensor:
-        from gkv_vllm.ops import reference as ops
-
         return ops.combine(scores, self.combine_by)

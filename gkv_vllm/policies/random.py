@@ -2,13 +2,21 @@
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
 """The null policy that forgets at random; any score has to beat it."""
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from gkv_vllm.policies.base import Policy, RankView
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from gkv_vllm.policies.base import Needs, Policy
 from gkv_vllm.policies.registry import register_policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gkv_vllm.policies.view import View
 
 
 @register_policy("random")
@@ -16,13 +24,17 @@ from gkv_vllm.policies.registry import register_policy
 class Random(Policy):
     """Keeps what is protected and a uniform draw of the rest (arXiv 2609.03430).
 
-    The draw depends on the seed, the request and the number of its evictions, and on nothing
-    else: the same request loses the same blocks in whatever company it runs."""
+    Every layer and KV head draws for itself, unless they share a kept set. The draw depends on the
+    seed, the request and the number of its evictions, and on nothing else: the same request loses
+    the same tokens in whatever company it runs."""
 
-    needs_queries: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(seeded=True)
 
     seed: int = 0
 
-    def rank(self, view: RankView) -> Sequence[float]:
-        draw = random.Random(f"{self.seed}:{view.key}:{view.event}")
-        return [draw.random() for _ in view.blocks]
+    def score(self, view: View) -> Tensor:
+        draw = torch.Generator().manual_seed(
+            zlib.crc32(f"{self.seed}:{view.key}:{view.event}".encode())
+        )
+        shape = (len(view.layers), view.kv_heads, view.num_units)
+        return torch.rand(shape, generator=draw).to(view.device)

@@ -2,22 +2,24 @@
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
 """The null policy that forgets the oldest."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from gkv_vllm.policies.base import Policy, RankView
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gkv_vllm.policies.base import Policy
 from gkv_vllm.policies.registry import register_policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gkv_vllm.policies.view import View
 
 
 @register_policy("recency")
 @dataclass(frozen=True)
 class Recency(Policy):
-    """Keeps what is protected and the newest blocks: score = position.
+    """Keeps what is protected and the newest of the rest: score = position."""
 
-    With `protect=sinks` this is StreamingLLM (arXiv 2309.17453) in whole blocks."""
-
-    needs_queries: ClassVar[bool] = False
-
-    def rank(self, view: RankView) -> Sequence[float]:
-        return [float(block) for block in view.blocks]
+    def score(self, view: View) -> Tensor:
+        return view.order()

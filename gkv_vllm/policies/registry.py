@@ -8,18 +8,23 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from gkv_vllm.config import ConfigError, unknown_key
-from gkv_vllm.policies.base import Policy
+from gkv_vllm.policies.base import Policy, literal_choices
 
 ENTRY_POINT_GROUP = "gkv_vllm.policies"
 """Third parties add policies here: `my_policy = "my_package.module:MyPolicy"`."""
 
 _BUILT_IN = {
     "gkv": "gkv_vllm.policies.gkv",
-    "recency": "gkv_vllm.policies.recency",
+    "h2o": "gkv_vllm.policies.h2o",
+    "knorm": "gkv_vllm.policies.knorm",
     "random": "gkv_vllm.policies.random",
+    "recency": "gkv_vllm.policies.recency",
+    "rkv": "gkv_vllm.policies.rkv",
+    "snapkv": "gkv_vllm.policies.snapkv",
+    "streaming_llm": "gkv_vllm.policies.streaming_llm",
 }
 _registered: dict[str, type[Policy]] = {}
 
@@ -64,17 +69,33 @@ def create(name: str, parameters: Mapping[str, Any]) -> Policy:
     for key, value in parameters.items():
         if key not in fields:
             raise ConfigError(unknown_key(f"parameter of kv policy '{name}'", key, fields))
-        wanted = hints[key]
-        accepted = (int, float) if wanted is float else wanted
-        if isinstance(value, bool) is not (wanted is bool) or not isinstance(value, accepted):
+        if not _accepts(hints[key], value):
             raise ConfigError(
-                f"parameter '{key}' of kv policy '{name}' must be a {wanted.__name__}, "
+                f"parameter '{key}' of kv policy '{name}' must be {_expected(hints[key])}, "
                 f"got {value!r}"
             )
     try:
         return cls(**parameters)
     except ValueError as error:
         raise ConfigError(f"kv policy '{name}': {error}") from error
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    """Whether a value from JSON has the type of a policy's field."""
+    if choices := literal_choices(hint):
+        return value in choices or (value is None and type(None) in get_args(hint))
+    for wanted in get_args(hint) or (hint,):
+        accepted = (int, float) if wanted is float else wanted
+        if isinstance(value, accepted) and isinstance(value, bool) is (wanted is bool):
+            return True
+    return False
+
+
+def _expected(hint: Any) -> str:
+    if choices := literal_choices(hint):
+        return "one of " + ", ".join(choices)
+    plain = next(part for part in get_args(hint) or (hint,) if part is not type(None))
+    return f"{'an' if plain is int else 'a'} {plain.__name__}"
 
 
 def _checked(name: str, cls: Any) -> type[Policy]:

@@ -67,6 +67,19 @@ class View:
     def num_units(self) -> int:
         return self.num_candidates // self.unit
 
+    @property
+    def kv_heads(self) -> int:
+        return self.layers[0].kv_cache.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].kv_cache.device
+
+    def order(self) -> Tensor:
+        """The units from old to new, 0, 1, ...: [layers, kv_heads, units] float32."""
+        places = torch.arange(self.num_units, dtype=torch.float32, device=self.device)
+        return places.repeat(len(self.layers), self.kv_heads, 1)
+
     # ---- per token: [layers, kv_heads, live_tokens - window]
 
     def local_scores(self, form: str = "max_probability") -> Tensor:

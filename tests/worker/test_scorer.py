@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gkv_vllm.policies.knorm import KNorm
 from torch import Tensor
 
 from gkv_vllm.ops import cpu_layout
 from gkv_vllm.ops import reference as ops
 from gkv_vllm.policies.gkv import GKV
+from gkv_vllm.policies.knorm import KNorm
 from gkv_vllm.policies.recency import Recency
 from gkv_vllm.worker.scorer import Scorer, history_bytes, plane_bytes, ring_bytes
 
@@ -59,7 +59,7 @@ def test_block_scores_are_the_best_tokens_of_a_dense_gather(shape: Shape, combin
     policy = GKV(redundancy="none", combine_by=combine_by)
     found = block_scores(world, world.scorer(policy))
     best = normalised(world).unflatten(-1, (-1, shape.block_size)).amax(-1)
-    expected = policy.combine(best.flatten(0, 1) * 0.5)
+    expected = policy.combine(best.flatten(0, 1))
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance(world))
 
 
@@ -101,7 +101,7 @@ def test_block_history_decays_and_keeps_the_larger_score(shape: Shape) -> None:
     second.record(scorer, SLOT)
     found = block_scores(second, scorer, remembered=len(shape.candidates), event=1)
     best = [normalised(w).unflatten(-1, (-1, shape.block_size)).amax(-1) for w in (first, second)]
-    expected = policy.combine(torch.maximum(0.8 * best[0], best[1]).flatten(0, 1) * 0.5)
+    expected = policy.combine(torch.maximum(0.8 * best[0], best[1]).flatten(0, 1))
     atol = tolerance(first) + tolerance(second)
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
