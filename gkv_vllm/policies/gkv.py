@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from gkv_vllm.policies.view import View
 
 FIRST_POOL = 5
-"""Zipage pools the scores of a request's first compression over so many tokens."""
+"""Zipage pools the scores of a request's first eviction over so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,11 @@ class GKV(Policy):
     (so F is the tokens' own history, max-pooled), and R the mean of a block's tokens.
 
     `variant="zipage"` (arXiv 2603.08743): weight 0.2, R among the keys of each cache block alone
-    with softmax temperature 0.4, nothing divided by its maximum, S max-pooled over 5 tokens at a
-    request's first eviction. `score_weight`, `temperature` and `redundancy` follow the variant
-    unless given. `combine_by` is how layers and heads agree where they share a kept set."""
+    with softmax temperature 0.4, nothing divided by its maximum; at a request's first eviction F is
+    max-pooled over 5 tokens in Z, but not in the history. (There, tokens of the window have scores
+    as well; here none before they are older than a window.) `score_weight`, `temperature` and
+    `redundancy` follow the variant unless given. `combine_by` is how layers and heads agree where
+    they share a kept set."""
 
     needs: ClassVar[Needs] = Needs(queries=True, history=True)
 
@@ -75,15 +78,12 @@ class GKV(Policy):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
-        if self.temperature is not None and self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
 
     def update(self, view: View) -> Tensor:
-        variant = VARIANTS[self.variant]
         local = view.local_scores("max_probability")
-        if variant.pools_first and view.event == 0:
-            local = ops.max_pool(local, FIRST_POOL)
-        if variant.normalised:
+        if VARIANTS[self.variant].normalised:
             local = ops.normalise(local)
         present, past = view.units(local), view.history
         assert past is not None
@@ -98,14 +98,21 @@ class GKV(Policy):
         variant = VARIANTS[self.variant]
         weight = variant.score_weight if self.score_weight is None else self.score_weight
         kind = self.redundancy or variant.redundancy
-        assert view.history is not None
+        importance = self._importance(view)
         if kind == "none" or weight == 1.0:
-            return view.history
+            return importance
         temperature = variant.temperature if self.temperature is None else self.temperature
         redundancy = view.redundancy(temperature=temperature, within_blocks=kind == "block")
         if variant.normalised:
             redundancy = ops.normalise(redundancy)
-        return weight * view.history - (1 - weight) * view.units(redundancy, by="mean")
+        return weight * importance - (1 - weight) * view.units(redundancy, by="mean")
+
+    def _importance(self, view: View) -> Tensor:
+        """F; pooled at Zipage's first eviction, where nothing has a past and F is S."""
+        if VARIANTS[self.variant].pools_first and view.event == 0:
+            return view.units(ops.max_pool(view.local_scores("max_probability"), FIRST_POOL))
+        assert view.history is not None
+        return view.history
 
     def combine(self, scores: Tensor) -> Tensor:
         return ops.combine(scores, self.combine_by)
