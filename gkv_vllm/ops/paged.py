@@ -21,7 +21,9 @@ from gkv_vllm.ops.live_table import LiveTable, squeeze
 class PagedOps(Protocol):
     """What eviction computes on the device. Nothing is written except where it says so."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Who computes: `reference`, or the device and its instruction set."""
 
     def local_scores(
         self,
@@ -180,7 +182,7 @@ class ReferenceOps:
             new = queries[starts[row] : starts[row + 1]].transpose(0, 1)
             mass = reference.attention_mass(new, keys, scale, softcap)
             old = plane[blocks].transpose(0, 1).flatten(1)
-            old[:, tokens - new.shape[1] :] = 0
+            old[:, tokens - new.shape[1] : tokens] = 0
             old[:, first:tokens] += mass[:, first:]
             plane[blocks] = old.unflatten(1, (-1, block_size)).transpose(0, 1)
 

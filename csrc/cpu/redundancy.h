@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+// Mean cosine similarities in which near-duplicates excuse the newest, and key norms; the oracles
+// are ops/reference.py: redundancy, redundancy_in_block. Included by kernels.inc.h.
+//
+// With u the keys at unit length, the mean of row i is u_i . (sum of all u), less its own term,
+// less the entries that columns lose in row i. The sum costs O(tokens). Of the matrix itself only
+// this is wanted: for each column the last row above the threshold. Tiles of the triangle are
+// computed from the newest row down, and only while one of the two tiles still looks: O(tokens)
+// where keys resemble each other, as the keys of one head mostly do, and half the matrix where none
+// resembles any other.
+
+// Squared norms of the tile's tokens.
+GKV_INLINE void squared_norms(Tile tile, int64_t depth, float* out) {
+  for (int64_t t = 0; t < kTile; t += kLanes) {
+    Floats total{};
+    for (int64_t k = 0; k < depth; ++k) {
+      const Floats x = load(tile.data + k * tile.stride + t);
+      total += x * x;
+    }
+    store(out + t, total);
+  }
+}
+
+// 1 / |k| of the tile's tokens; |k| is at least 1e-12, as in torch's normalize.
+GKV_INLINE void inverse_norms(Tile tile, int64_t depth, float* out) {
+  squared_norms(tile, depth, out);
+  for (int64_t t = 0; t < kTile; ++t) out[t] = 1.0f / std::max(std::sqrt(out[t]), 1e-12f);
+}
+
+// The search for each token's newest lookalike, kTile columns at a time.
+struct Columns {
+  uint32_t searching;  // one bit for each token that has found none yet
+  uint32_t newest_above(const float* row_of_cosines, float threshold) const {
+    uint32_t bits = 0;
+    for (int64_t t = 0; t < kTile; t += kLanes)
+      bits |= bits_greater(load(row_of_cosines + t), broadcast(threshold)) << t;
+    return bits;
+  }
+};
+
+// c[r][t] *= row[r] * column[t]: products into cosines. Returns whether any exceeds the threshold.
+GKV_INLINE bool to_cosines(float* c, const float* row, const float* column, float threshold) {
+  uint32_t any = 0;
+  for (int64_t t = 0; t < kTile; t += kLanes) {
+    const Floats scale = load(column + t);
+    for (int64_t r = 0; r < kTile; ++r) {
+      const Floats cosine = load(c + r * kTile + t) * row[r] * scale;
+      store(c + r * kTile + t, cosine);
+      any |= bits_greater(cosine, broadcast(threshold));
+    }
+  }
+  return any;
+}
+
+// Columns [t] of the tile look at rows [r], newest first. lost[r]: what row r loses.
+GKV_INLINE void search_columns(const float* c, int64_t rows, float threshold, Columns& columns,
+                               float* lost) {
+  for (int64_t r = rows - 1; r >= 0 && columns.searching; --r) {
+    uint32_t found = columns.newest_above(c + r * kTile, threshold) & columns.searching;
+    columns.searching &= ~found;
+    for (; found; found &= found - 1) lost[r] += c[r * kTile + __builtin_ctz(found)];
+  }
+}
+
+// The transposed search: the tokens of the rows [r] look at the columns [t], all older than they.
+GKV_INLINE void search_rows(const float* c, int64_t rows, float threshold, Columns& searchers,
+                            float* lost) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (!(searchers.searching >> r & 1)) continue;
+    const uint32_t found = searchers.newest_above(c + r * kTile, threshold);
+    if (!found) continue;
+    const int newest = 31 - __builtin_clz(found);
+    lost[newest] += c[r * kTile + newest];
+    searchers.searching &= ~(uint32_t{1} << r);
+  }
+}
+
+GKV_INLINE Columns all_of(int64_t tokens) {
+  return {tokens >= kTile ? ~uint32_t{0} : (uint32_t{1} << tokens) - 1};
+}
+
+GKV_INLINE void exclude_diagonal(float* c) {
+  for (int64_t t = 0; t < kTile; ++t) c[t * kTile + t] = -2.0f;  // below any threshold
+}
+
+template <class T>
+void redundancy_task(const Redundancy& x, int64_t head, float* out) {
+  const int64_t depth = x.keys.cache.head_dim, count = x.keys.tokens - x.start;
+  const int64_t tiles = (count + kTile - 1) / kTile;
+  float* vectors = scratch<kVectors>(2 * tiles * kTile + depth);
+  float *inverse = vectors, *lost = vectors + tiles * kTile, *total = lost + tiles * kTile;
+  float *a = scratch<kTileA>(depth * kTile), *b = scratch<kTileB>(depth * kTile);
+  float* c = scratch<kProduct>(kTile * kTile);
+  std::fill_n(lost, tiles * kTile + depth, 0.0f);
+
+  for (int64_t i = 0; i < tiles; ++i) {
+    const Tile tile = load_clean_tile<T>(x.keys, head, x.start + i * kTile, a);
+    inverse_norms(tile, depth, inverse + i * kTile);
+    for (int64_t k = 0; k < depth; ++k) {
+      Floats part{};
+      for (int64_t t = 0; t < kTile; t += kLanes)
+        part += load(tile.data + k * tile.stride + t) * load(inverse + i * kTile + t);
+      total[k] += sum(part);
+    }
+  }
+
+  std::vector<Columns> columns(tiles, all_of(kTile));
+  columns.back() = all_of(count - (tiles - 1) * kTile);
+  int64_t oldest = 0;  // tiles below have nothing left to find
+  for (int64_t i = tiles - 1; i >= 0; --i) {
+    const int64_t rows = std::min(kTile, count - i * kTile);
+    Tile newer{};
+    for (int64_t j = i; j >= 0; --j) {
+      if (!columns[i].searching) {
+        while (oldest <= j && !columns[oldest].searching) ++oldest;
+        if (j < oldest) break;
+      }
+      if (!columns[i].searching && !columns[j].searching) continue;
+      if (!newer.data) newer = load_clean_tile<T>(x.keys, head, x.start + i * kTile, a);
+      const Tile older = i == j ? newer : load_clean_tile<T>(x.keys, head, x.start + j * kTile, b);
+      tile_product(newer.data, newer.stride, kTile, older, depth, c, kTile);
+      if (!to_cosines(c, inverse + i * kTile, inverse + j * kTile, x.threshold)) continue;
+      if (i == j) exclude_diagonal(c);
+      search_columns(c, rows, x.threshold, columns[j], lost + i * kTile);
+      if (i != j) search_rows(c, rows, x.threshold, columns[i], lost + j * kTile);
+    }
+  }
+
+  const float share = 1.0f / static_cast<float>(count);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const Tile tile = load_clean_tile<T>(x.keys, head, x.start + i * kTile, a);
+    for (int64_t t = 0; t < kTile && i * kTile + t < count; t += kLanes) {
+      Floats along{}, self{};
+      for (int64_t k = 0; k < depth; ++k) {
+        const Floats key = load(tile.data + k * tile.stride + t);
+        along += key * total[k];
+        self += key * key;
+      }
+      const Floats scale = load(inverse + i * kTile + t);
+      const Floats mean =
+          (along * scale - self * scale * scale - load(lost + i * kTile + t)) * share;
+      for (int64_t l = 0; l < kLanes && i * kTile + t + l < count; ++l)
+        out[i * kTile + t + l] = mean[l];
+    }
+  }
+}
+
+// Every block for itself: all pairs of its tiles, each once.
+template <class T>
+void redundancy_in_block_task(const Redundancy& x, int64_t head, float* out) {
+  const int64_t depth = x.keys.cache.head_dim, block_size = x.keys.cache.block_size;
+  float *a = scratch<kTileA>(depth * kTile), *b = scratch<kTileB>(depth * kTile);
+  float* c = scratch<kProduct>(kTile * kTile);
+  const int64_t tiles = block_size / kTile;
+  float* inverse = scratch<kVectors>(2 * block_size);
+  float* sums = inverse + block_size;
+  const float share = 1.0f / static_cast<float>(block_size);
+  for (int64_t first = x.start; first < x.keys.tokens; first += block_size) {
+    const int64_t count = std::min(block_size, x.keys.tokens - first);
+    const int64_t used = (count + kTile - 1) / kTile;
+    std::vector<Columns> columns(tiles, all_of(kTile));
+    columns[used - 1] = all_of(count - (used - 1) * kTile);
+    std::fill_n(sums, block_size, 0.0f);
+    for (int64_t i = used - 1; i >= 0; --i) {
+      const Tile tile = load_clean_tile<T>(x.keys, head, first + i * kTile, a);
+      inverse_norms(tile, depth, inverse + i * kTile);
+    }
+    for (int64_t i = used - 1; i >= 0; --i) {
+      const int64_t rows = std::min(kTile, count - i * kTile);
+      const Tile newer = load_clean_tile<T>(x.keys, head, first + i * kTile, a);
+      for (int64_t j = i; j >= 0; --j) {
+        const Tile older = i == j ? newer : load_clean_tile<T>(x.keys, head, first + j * kTile, b);
+        tile_product(newer.data, newer.stride, kTile, older, depth, c, kTile);
+        to_cosines(c, inverse + i * kTile, inverse + j * kTile, x.threshold);
+        if (i == j)
+          for (int64_t t = 0; t < kTile; ++t) c[t * kTile + t] = 0.0f;
+        for (int64_t r = 0; r < rows; ++r) {
+          Floats row{};
+          for (int64_t t = 0; t < kTile; t += kLanes) {
+            const Floats cosine = load(c + r * kTile + t);
+            row += cosine;
+            if (i != j) store(sums + j * kTile + t, load(sums + j * kTile + t) + cosine);
+          }
+          sums[i * kTile + r] += sum(row);
+        }
+        if (i == j) exclude_diagonal(c);
+        float lost[2][kTile] = {};
+        search_columns(c, rows, x.threshold, columns[j], lost[0]);
+        if (i != j) search_rows(c, rows, x.threshold, columns[i], lost[1]);
+        for (int64_t t = 0; t < kTile; ++t) {
+          sums[i * kTile + t] -= lost[0][t];
+          sums[j * kTile + t] -= lost[1][t];
+        }
+      }
+    }
+    for (int64_t t = 0; t < count; ++t) out[first - x.start + t] = sums[t] * share;
+  }
+}
+
+template <class T>
+void redundancy(const Redundancy& x, int64_t begin, int64_t end) {
+  for (int64_t head = begin; head < end; ++head) {
+    float* out = x.out + head * (x.keys.tokens - x.start);
+    if (x.within_blocks)
+      redundancy_in_block_task<T>(x, head, out);
+    else
+      redundancy_task<T>(x, head, out);
+  }
+}
+
+template <class T>
+void key_norms(const KeyNorms& x, int64_t begin, int64_t end) {
+  float* buffer = scratch<kTileB>(x.keys.cache.head_dim * kTile);
+  float squares[kTile];
+  for (int64_t head = begin; head < end; ++head)
+    for (int64_t token = 0; token < x.keys.tokens; token += kTile) {
+      squared_norms(load_tile<T>(x.keys, head, token, buffer), x.keys.cache.head_dim, squares);
+      const int64_t valid = std::min(kTile, x.keys.tokens - token);
+      for (int64_t t = 0; t < valid; ++t)
+        x.out[head * x.keys.tokens + token + t] = std::sqrt(squares[t]);
+    }
+}

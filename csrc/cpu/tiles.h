@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+// Key tiles and their products: what every kernel that reads keys is made of.
+// Included by kernels.inc.h inside the namespace of an instruction set.
+
+// Memory that a thread keeps from call to call, since fresh pages cost more than the arithmetic.
+template <int Purpose>
+float* scratch(int64_t count) {
+  thread_local std::vector<float> buffer;
+  if (static_cast<int64_t>(buffer.size()) < count) buffer.resize(count);
+  return buffer.data();
+}
+
+enum { kQueries, kLogits, kSums, kTileA, kTileB, kProduct, kVectors, kStaging };
+
+// kTile keys, dimension by dimension: element (k, t) is data[k * stride + t].
+struct Tile {
+  const float* data;
+  int64_t stride;
+};
+
+template <class T>
+GKV_INLINE const T* tile_keys(const LiveKeys& live, int64_t head, int64_t token) {
+  const int64_t block_size = live.cache.block_size;
+  return live.cache.keys<const T>(live.block_ids[token / block_size], head) + token % block_size;
+}
+
+// The tile that starts at `token` of the live tokens, in float32. Tokens behind the last live one
+// are whatever the cache holds. float32 caches are read in place, others converted into `buffer`.
+template <class T>
+GKV_INLINE Tile load_tile(const LiveKeys& live, int64_t head, int64_t token, float* buffer) {
+  const T* keys = tile_keys<T>(live, head, token);
+  if constexpr (std::is_same_v<T, float>) {
+    return {keys, live.cache.block_size};
+  } else {
+    for (int64_t k = 0; k < live.cache.head_dim; ++k)
+      for (int64_t t = 0; t < kTile; t += kLanes)
+        store(buffer + k * kTile + t, load(keys + k * live.cache.block_size + t));
+    return {buffer, kTile};
+  }
+}
+
+// As load_tile, with 0 for the tokens behind the last live one.
+template <class T>
+GKV_INLINE Tile load_clean_tile(const LiveKeys& live, int64_t head, int64_t token, float* buffer) {
+  const int64_t valid = live.tokens - token;
+  if (valid >= kTile) return load_tile<T>(live, head, token, buffer);
+  const T* keys = tile_keys<T>(live, head, token);
+  for (int64_t k = 0; k < live.cache.head_dim; ++k)
+    for (int64_t t = 0; t < kTile; ++t)
+      buffer[k * kTile + t] = t < valid ? to_float(keys[k * live.cache.block_size + t]) : 0.0f;
+  return {buffer, kTile};
+}
+
+#if GKV_VECTOR_BYTES == 64
+constexpr int kRows = 12;  // 24 of 32 registers accumulate
+#else
+constexpr int kRows = 6;  // 12 of 16
+#endif
+constexpr int kColumns = 2 * kLanes;
+
+// c[r][t] = sum over k of a[k][r] * b[k][t], for `Rows` rows and kColumns columns.
+template <int Rows>
+GKV_INLINE void micro_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                              int64_t depth, float* c, int64_t c_stride) {
+  Floats left[Rows], right[Rows];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) left[r] = right[r] = Floats{};
+  for (int64_t k = 0; k < depth; ++k) {
+    const Floats b0 = load(b + k * b_stride), b1 = load(b + k * b_stride + kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const Floats x = broadcast(a[k * a_stride + r]);
+      left[r] += x * b0;
+      right[r] += x * b1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    store(c + r * c_stride, left[r]);
+    store(c + r * c_stride + kLanes, right[r]);
+  }
+}
+
+template <int Rows>
+GKV_INLINE void row_products(int64_t rows, const float* a, int64_t a_stride, const float* b,
+                             int64_t b_stride, int64_t depth, float* c, int64_t c_stride) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows)
+      micro_product<Rows>(a, a_stride, b, b_stride, depth, c, c_stride);
+    else
+      row_products<Rows - 1>(rows, a, a_stride, b, b_stride, depth, c, c_stride);
+  }
+}
+
+// c [rows, kTile] = a^T b: a is [depth, rows] (element (k, r) at a[k * a_stride + r]), b a tile.
+inline void tile_product(const float* a, int64_t a_stride, int64_t rows, Tile b, int64_t depth,
+                         float* c, int64_t c_stride) {
+  for (int64_t t = 0; t < kTile; t += kColumns)
+    for (int64_t r = 0; r < rows; r += kRows)
+      row_products<kRows>(rows - r < kRows ? rows - r : kRows, a + r, a_stride, b.data + t,
+                          b.stride, depth, c + r * c_stride + t, c_stride);
+}
+
+// ---- rows of logits
+
+GKV_INLINE int64_t whole_tiles(int64_t tokens) { return (tokens + kTile - 1) / kTile * kTile; }
+
+// logits [rows, whole_tiles(tokens)] of all live keys of a head; queries [head_dim, rows], scaled.
+template <class T>
+void all_logits(const LiveKeys& live, int64_t head, const float* queries, int64_t rows,
+                float* logits) {
+  const int64_t width = whole_tiles(live.tokens), depth = live.cache.head_dim;
+  float* buffer = scratch<kTileB>(depth * kTile);
+  for (int64_t token = 0; token < live.tokens; token += kTile) {
+    const Tile tile = load_tile<T>(live, head, token, buffer);
+    tile_product(queries, rows, rows, tile, depth, logits + token, width);
+  }
+}
+
+// What is behind `length` in a row of logits gets no attention; up to the end of the last vector.
+GKV_INLINE void close_row(float* row, int64_t length) {
+  for (int64_t t = length; t % kLanes; ++t) row[t] = -std::numeric_limits<float>::infinity();
+}
+
+GKV_INLINE void cap(float* row, int64_t length, float softcap) {
+  if (softcap == 0.0f) return;
+  const float inverse = 1.0f / softcap;
+  for (int64_t t = 0; t < length; t += kLanes)
+    store(row + t, hyperbolic_tangent(load(row + t) * inverse) * softcap);
+}
+
+// Turn the first `length` logits of a row into exponentials; returns what normalises them.
+GKV_INLINE float exponentials(float* row, int64_t length) {
+  close_row(row, length);
+  Floats most = load(row);
+  for (int64_t t = kLanes; t < length; t += kLanes) most = maximum(most, load(row + t));
+  const Floats shift = broadcast(largest(most));
+  Floats total{};
+  for (int64_t t = 0; t < length; t += kLanes) {
+    const Floats e = exponential(load(row + t) - shift);
+    store(row + t, e);
+    total += e;
+  }
+  return 1.0f / sum(total);
+}
