@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""Our scores and kept sets against numbers printed by the code of the papers' authors (golden.json).
+"""Our scores and kept sets against numbers printed by the authors' code (golden.json).
 
 The input is analytic (`_input` in the file): 24 tokens with a budget of 12, the window of 4 among
 them, then 8 more tokens and a second eviction. Each entry is driven in two ways:
@@ -64,7 +64,7 @@ for _token in (21, 22):
 
 @dataclass(frozen=True)
 class Method:
-    """An entry of the file as a policy of ours: `keep` candidates and the window make the budget."""
+    """An entry of the file as a policy of ours; `keep` and the window make the budget."""
 
     policy: Policy
     window: int = 4

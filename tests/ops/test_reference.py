@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -35,6 +36,10 @@ class Shape:
     def scale(self) -> float:
         return self.head_dim**-0.5
 
+    def group_of(self, kv_head: int) -> range:
+        group = self.query_heads // self.kv_heads
+        return range(kv_head * group, (kv_head + 1) * group)
+
 
 SHAPES = {
     "one_head": Shape(1, 1, 12, 4, 8),
@@ -45,41 +50,42 @@ SHAPES = {
     "one_old_token": Shape(4, 2, 5, 4, 8),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+forms = pytest.mark.parametrize("form", ops.LOCAL_SCORE_FORMS)
 
 
-def naive_local_scores(queries: Tensor, keys: Tensor, shape: Shape) -> Tensor:
-    """One softmax per query and head in Python floats; then the maximum and the mean."""
-    group, old = shape.query_heads // shape.kv_heads, shape.tokens - shape.window
+def naive_local_scores(queries: Tensor, keys: Tensor, shape: Shape, form: str) -> Tensor:
+    """One softmax per query in Python floats; then the maximum or mean over the group, and the
+    mean over the window."""
+    old = shape.tokens - shape.window
     scores = torch.zeros(shape.kv_heads, old, dtype=torch.float64)
     for kv_head in range(shape.kv_heads):
-        for token in range(old):
-            for place in range(shape.window):
-                best = max(
-                    attention(queries[head, place], keys[kv_head], shape, old + place)[token]
-                    for head in range(kv_head * group, (kv_head + 1) * group)
-                )
-                scores[kv_head, token] += best / shape.window
+        for place in range(shape.window):
+            group = [queries[head, place] for head in shape.group_of(kv_head)]
+            if form == "max_logit":
+                rows = [logits(query, keys[kv_head, :old], shape) for query in group]
+                weights = softmax([max(column) for column in zip(*rows, strict=True)])
+            else:
+                seen = keys[kv_head, : old + place + 1]
+                rows = [softmax(logits(query, seen, shape)) for query in group]
+                reduce = max if form == "max_probability" else mean
+                weights = [reduce(column) for column in zip(*rows, strict=True)]
+            scores[kv_head] += torch.tensor(weights[:old], dtype=torch.float64) / shape.window
     return scores
 
 
-def attention(query: Tensor, keys: Tensor, shape: Shape, position: int) -> list[float]:
-    """Weights of the tokens up to and including the query's own position."""
-    key = (tuple(query.tolist()), position)
-    if key not in _attention:
-        logits = [shape.scale * float(query.double() @ k.double()) for k in keys[: position + 1]]
-        if shape.softcap:
-            logits = [shape.softcap * math.tanh(x / shape.softcap) for x in logits]
-        powers = [math.exp(x) for x in logits]
-        _attention[key] = [x / sum(powers) for x in powers]
-    return _attention[key]
+def logits(query: Tensor, keys: Tensor, shape: Shape) -> list[float]:
+    products = [shape.scale * float(query.double() @ key.double()) for key in keys]
+    cap = shape.softcap
+    return [cap * math.tanh(x / cap) for x in products] if cap else products
 
 
-_attention: dict[tuple[tuple[float, ...], int], list[float]] = {}
+def softmax(numbers: list[float]) -> list[float]:
+    powers = [math.exp(x) for x in numbers]
+    return [x / sum(powers) for x in powers]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_attention() -> None:
-    _attention.clear()
+def mean(numbers: tuple[float, ...]) -> float:
+    return sum(numbers) / len(numbers)
 
 
 def tolerance(queries: Tensor, keys: Tensor, shape: Shape) -> float:
@@ -90,10 +96,11 @@ def tolerance(queries: Tensor, keys: Tensor, shape: Shape) -> float:
 
 
 @shapes
-def test_local_scores_are_a_loop_over_queries_and_heads(shape: Shape) -> None:
+@forms
+def test_local_scores_are_a_loop_over_queries_and_heads(shape: Shape, form: str) -> None:
     queries, keys = shape.random()
-    scores = ops.local_scores(queries, keys, shape.scale, shape.softcap)
-    expected = naive_local_scores(queries, keys, shape)
+    scores = ops.local_scores(queries, keys, shape.scale, shape.softcap, form)
+    expected = naive_local_scores(queries, keys, shape, form)
     assert scores.shape == (shape.kv_heads, shape.tokens - shape.window)
     torch.testing.assert_close(
         scores.double(), expected, rtol=tolerance(queries, keys, shape), atol=0
@@ -101,27 +108,41 @@ def test_local_scores_are_a_loop_over_queries_and_heads(shape: Shape) -> None:
 
 
 @shapes
-def test_layers_are_scored_one_by_one(shape: Shape) -> None:
+@forms
+def test_layers_are_scored_one_by_one(shape: Shape, form: str) -> None:
     layers = [shape.random(seed) for seed in range(3)]
     stacked = ops.local_scores(
         torch.stack([q for q, _ in layers]),
         torch.stack([k for _, k in layers]),
         shape.scale,
         shape.softcap,
+        form,
     )
     for scores, (queries, keys) in zip(stacked, layers, strict=True):
-        single = ops.local_scores(queries, keys, shape.scale, shape.softcap)
+        single = ops.local_scores(queries, keys, shape.scale, shape.softcap, form)
         rtol = 2 * tolerance(queries, keys, shape)
         torch.testing.assert_close(scores, single, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_inputs_are_scored_in_float32(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda queries, keys: ops.local_scores(queries, keys, 0.2),
+        lambda queries, keys: ops.attention_mass(queries, keys, 0.2),
+        lambda queries, keys: ops.redundancy(keys, 0.5),
+        lambda queries, keys: ops.redundancy_in_block(keys, 16, 0.5),
+    ],
+    ids=["local_scores", "attention_mass", "redundancy", "redundancy_in_block"],
+)
+def test_half_precision_inputs_are_scored_in_float32(
+    dtype: torch.dtype, op: Callable[[Tensor, Tensor], Tensor]
+) -> None:
     queries, keys = SHAPES["gqa4"].random()
     queries, keys = queries.to(dtype), keys.to(dtype)
-    scores = ops.local_scores(queries, keys, 0.2)
+    scores = op(queries, keys)
     assert scores.dtype == torch.float32
-    assert torch.equal(scores, ops.local_scores(queries.float(), keys.float(), 0.2))
+    assert torch.equal(scores, op(queries.float(), keys.float()))
 
 
 def test_a_query_does_not_see_the_window_after_it() -> None:
@@ -134,10 +155,11 @@ def test_a_query_does_not_see_the_window_after_it() -> None:
     assert torch.equal(ops.local_scores(queries, keys, shape.scale), before)
 
 
-def test_large_logits_do_not_overflow() -> None:
+@forms
+def test_large_logits_do_not_overflow(form: str) -> None:
     shape = SHAPES["gqa4"]
     queries, keys = shape.random(size=1e4)
-    scores = ops.local_scores(queries, keys, shape.scale)
+    scores = ops.local_scores(queries, keys, shape.scale, form=form)
     assert scores.isfinite().all()
     assert (scores >= 0).all()
     assert (scores.sum(-1) <= shape.query_heads / shape.kv_heads).all()
@@ -146,7 +168,11 @@ def test_large_logits_do_not_overflow() -> None:
 def test_inputs_are_never_written() -> None:
     shape = SHAPES["ragged_63_tokens_5_heads"]
     queries, keys = shape.random()
-    ops.normalise(ops.local_scores(queries, keys, shape.scale))
+    for form in ops.LOCAL_SCORE_FORMS:
+        ops.normalise(ops.local_scores(queries, keys, shape.scale, form=form))
+    ops.attention_mass(queries, keys, shape.scale)
+    ops.redundancy(keys, 0.5)
+    ops.redundancy_in_block(keys, 16, 0.5)
     before_queries, before_keys = shape.random()
     assert torch.equal(queries, before_queries)
     assert torch.equal(keys, before_keys)
@@ -158,27 +184,156 @@ def test_inputs_are_never_written() -> None:
     ids=["window_longer_than_tokens", "heads_do_not_divide"],
 )
 def test_shapes_that_do_not_fit_are_named(queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="local_scores: .* queries do not fit .* keys"):
-        ops.local_scores(torch.zeros(queries), torch.zeros(keys), 1.0)
+    for op in (ops.local_scores, ops.attention_mass):
+        with pytest.raises(ValueError, match="queries do not fit .* keys"):
+            op(torch.zeros(queries), torch.zeros(keys), 1.0)
+
+
+def test_an_unknown_form_is_named() -> None:
+    with pytest.raises(ValueError, match="'mean_logit'; valid: max_probability, max_logit, mean_"):
+        ops.local_scores(torch.zeros(1, 1, 8), torch.zeros(1, 3, 8), 1.0, form="mean_logit")
+
+
+# ---- the attention that a key gets in total
+
+
+@shapes
+def test_attention_mass_is_a_loop_over_queries(shape: Shape) -> None:
+    queries, keys = shape.random()
+    found = ops.attention_mass(queries, keys, shape.scale, shape.softcap)
+    expected = torch.zeros(shape.kv_heads, shape.tokens, dtype=torch.float64)
+    for kv_head in range(shape.kv_heads):
+        for place in range(shape.window):
+            seen = shape.tokens - shape.window + place + 1
+            for head in shape.group_of(kv_head):
+                weights = softmax(logits(queries[head, place], keys[kv_head, :seen], shape))
+                expected[kv_head, :seen] += torch.tensor(weights, dtype=torch.float64)
+    rtol = tolerance(queries, keys, shape) + EPS * shape.window * len(shape.group_of(0))
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=0)
+
+
+# ---- how much a key resembles the others
+
+
+def naive_redundancy(keys: Tensor, threshold: float) -> list[float]:
+    """Cosines in Python floats; of each column the newest row above the threshold is excused."""
+    unit = [key.double() / key.double().norm() for key in keys]
+    n = len(unit)
+    cosines = [
+        [float(a @ b) if i != j else 0.0 for j, b in enumerate(unit)] for i, a in enumerate(unit)
+    ]
+    for column in range(n):
+        above = [row for row in range(n) if cosines[row][column] > threshold]
+        if above:
+            cosines[above[-1]][column] = 0.0
+    return [sum(row) / n for row in cosines]
+
+
+def clustered(tokens: int, head_dim: int, seed: int = 0) -> Tensor:
+    """Keys about a few centres, so that some are alike and some are not: [5, tokens, head_dim]."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(4, head_dim, generator=generator)
+    of = torch.randint(4, (5, tokens), generator=generator)
+    return centres[of] + 0.4 * torch.randn(5, tokens, head_dim, generator=generator)
+
+
+# Of a cosine: unit vectors are off by 2 eps, their product by eps per addend at most.
+COSINE = 4 * EPS
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 63])
+def test_redundancy_is_a_loop_over_pairs(tokens: int) -> None:
+    keys = clustered(tokens, 16)
+    expected = torch.tensor([naive_redundancy(head, 0.5) for head in keys])
+    atol = COSINE + EPS * 16
+    torch.testing.assert_close(ops.redundancy(keys, 0.5), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("tokens", [3, 16, 63])
+def test_redundancy_in_block_is_that_of_each_block_over_the_block_size(tokens: int) -> None:
+    keys = clustered(tokens, 16)
+    expected = torch.tensor(
+        [[x * len(b) / 8 for b in head.split(8) for x in naive_redundancy(b, 0.5)] for head in keys]
+    )
+    atol = COSINE + EPS * 16
+    found = ops.redundancy_in_block(keys, 8, 0.5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+def test_redundancy_of_a_single_whole_block_is_the_exact_one() -> None:
+    keys = clustered(63, 16)
+    assert torch.equal(ops.redundancy_in_block(keys, 63, 0.5), ops.redundancy(keys, 0.5))
+
+
+def test_redundancy_of_a_batch_is_that_of_its_requests() -> None:
+    """Each request by itself: the authors' dense code looked at the first one only."""
+    batch = torch.stack([clustered(63, 16, seed) for seed in range(3)])
+    for found, keys in zip(ops.redundancy(batch, 0.5), batch, strict=True):
+        atol = 2 * (COSINE + EPS * 16)
+        torch.testing.assert_close(found, ops.redundancy(keys, 0.5), rtol=0, atol=atol)
+
+
+def test_of_duplicates_the_newest_is_excused() -> None:
+    """Three copies of a key, all others orthogonal: each copy sees two others, the newest loses its
+    place in both of their columns, and in its own column the second loses its place."""
+    keys = torch.eye(6)[[0, 1, 0, 2, 0, 3]]
+    found = ops.redundancy(keys, 0.5) * 6
+    torch.testing.assert_close(found, torch.tensor([2.0, 0, 1, 0, 0, 0]), rtol=0, atol=6 * COSINE)
+
+
+def test_a_column_without_duplicates_loses_nothing() -> None:
+    """Cosines of 0.5 and below all count, those of the first key and row included."""
+    keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 1e-3]])
+    found = ops.redundancy(keys, 0.5)
+    assert found[0].item() == pytest.approx(-1 / 3, abs=1e-5)
+
+
+def test_redundancy_does_not_depend_on_the_length_of_keys() -> None:
+    keys = clustered(63, 16)
+    longer = keys * torch.rand(5, 63, 1, generator=torch.Generator().manual_seed(1)).add(0.5)
+    atol = 2 * (COSINE + EPS * 16)
+    found = ops.redundancy(longer, 0.5)
+    torch.testing.assert_close(found, ops.redundancy(keys, 0.5), rtol=0, atol=atol)
 
 
 # ---- from token scores to block scores
 
 
-@pytest.mark.parametrize("tokens, blocks", [(12, 3), (63, 16), (63, 20), (1, 1), (4, 2)])
-def test_a_block_scores_its_best_token(tokens: int, blocks: int) -> None:
+@pytest.mark.parametrize("tokens", [4, 12, 64])
+def test_a_block_scores_its_best_token(tokens: int) -> None:
     scores = torch.rand(2, 5, tokens, generator=torch.Generator().manual_seed(tokens))
-    found = ops.block_max(scores, 4, blocks)
-    for block in range(blocks):
-        inside = scores[..., 4 * block : 4 * block + 4]
-        expected = inside.amax(-1) if inside.shape[-1] else torch.zeros(2, 5)
-        assert torch.equal(found[..., block], expected)
+    found = ops.block_max(scores, 4)
+    assert found.shape == (2, 5, tokens // 4)
+    for block in range(tokens // 4):
+        assert torch.equal(found[..., block], scores[..., 4 * block : 4 * block + 4].amax(-1))
 
 
-def test_padding_never_wins() -> None:
-    """A partial block scores what its tokens score, however little; an empty block scores 0."""
-    scores = torch.full((2, 5), 1e-30)
-    assert ops.block_max(scores, 4, 3).tolist() == [[torch.tensor(1e-30).item()] * 2 + [0.0]] * 2
+@pytest.mark.parametrize("kernel", [1, 5, 7])
+@pytest.mark.parametrize("tokens", [1, 3, 63])
+@pytest.mark.parametrize("pool", [ops.max_pool, ops.average_pool])
+def test_pooling_looks_at_as_many_neighbours_on_either_side(
+    pool: Callable[[Tensor, int], Tensor], tokens: int, kernel: int
+) -> None:
+    """Below zero too: nothing beyond the ends wins a maximum; in a mean it counts as 0."""
+    scores = torch.rand(2, 5, tokens, generator=torch.Generator().manual_seed(0)) - 2
+    found = pool(scores, kernel)
+    assert found.shape == scores.shape
+    for token in range(tokens):
+        near = scores[..., max(0, token - kernel // 2) : token + kernel // 2 + 1]
+        expected = near.amax(-1) if pool is ops.max_pool else near.sum(-1) / kernel
+        # A mean rounds once per addend of at most 2, and once more for the division.
+        torch.testing.assert_close(found[..., token], expected, rtol=0, atol=EPS * 2 * kernel)
+
+
+@pytest.mark.parametrize("kernel", [0, -1, 4])
+def test_a_kernel_without_a_middle_is_refused(kernel: int) -> None:
+    with pytest.raises(ValueError, match=f"kernel must be a positive odd number.*, got {kernel}"):
+        ops.check_kernel(kernel)
+
+
+@pytest.mark.parametrize("kernel", [None, 1, 7])
+def test_an_odd_kernel_is_accepted(kernel: int | None) -> None:
+    ops.check_kernel(kernel)
 
 
 def test_normalised_scores_reach_one_in_every_layer_and_head() -> None:
@@ -192,44 +347,6 @@ def test_normalising_nothing_but_zeros_is_zero() -> None:
     assert not ops.normalise(torch.zeros(2, 7)).any()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8, 1.0])
-def test_the_global_score_is_the_larger_of_decayed_past_and_present(alpha: float) -> None:
-    past, present = torch.rand(2, 2, 5, 9, generator=torch.Generator().manual_seed(1))
-    found = ops.decayed_max(past, present, alpha).flatten().tolist()
-    # 0-dim float32 tensors, so that the product is rounded as the operation rounds it.
-    for got, old, new in zip(found, past.flatten(), present.flatten(), strict=True):
-        assert got == max((alpha * old).item(), new.item())
-
-
-def test_alpha_zero_is_no_history() -> None:
-    past, present = torch.rand(2, 2, 5, 9, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(ops.decayed_max(past, present, 0.0), present)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_block_history_is_the_token_history_max_pooled(seed: int) -> None:
-    """Rounds of observations while a sequence grows: bit for bit, as max commutes with rounding."""
-    generator = torch.Generator().manual_seed(seed)
-    block_size, alpha, window, heads = 4, 0.8, 3, (2, 5)
-    by_token = torch.zeros(*heads, 0)
-    by_block = torch.zeros(*heads, 0)
-    tokens = 7
-    for _ in range(6):
-        tokens += int(torch.randint(1, 14, (), generator=generator))
-        blocks = -(-tokens // block_size)
-        local = ops.normalise(torch.rand(*heads, tokens - window, generator=generator))
-
-        grown = torch.zeros(*heads, tokens - window)
-        grown[..., : by_token.shape[-1]] = by_token
-        by_token = ops.decayed_max(grown, local, alpha)
-
-        grown = torch.zeros(*heads, blocks)
-        grown[..., : by_block.shape[-1]] = by_block
-        by_block = ops.decayed_max(grown, ops.block_max(local, block_size, blocks), alpha)
-
-        assert torch.equal(by_block, ops.block_max(by_token, block_size, blocks))
-
-
 # ---- from layers and heads to one number
 
 
@@ -239,11 +356,11 @@ def ranks(scores: list[float]) -> list[float]:
     return [order.index(i) / max(1, len(scores) - 1) for i in range(len(scores))]
 
 
-@pytest.mark.parametrize("heads", [(1, 1, 4), (3, 5, 63), (4, 2, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 4), (15, 63), (8, 1)], ids=str)
 @pytest.mark.parametrize("by", ["mean", "max", "rank"])
-def test_layers_and_heads_are_combined_as_named(by: str, heads: tuple[int, int, int]) -> None:
+def test_layers_and_heads_are_combined_as_named(by: str, heads: tuple[int, int]) -> None:
     scores = torch.rand(heads, generator=torch.Generator().manual_seed(3)).mul(8).round() / 8
-    rows = scores.flatten(0, -2).tolist()
+    rows = scores.tolist()
     columns = list(zip(*map(ranks, rows) if by == "rank" else rows, strict=True))
     expected = [max(c) if by == "max" else sum(c) / len(c) for c in columns]
     found = ops.combine(scores, by)
@@ -253,15 +370,22 @@ def test_layers_and_heads_are_combined_as_named(by: str, heads: tuple[int, int, 
 
 
 @pytest.mark.parametrize("by", ["mean", "max", "rank"])
-def test_combining_does_not_depend_on_the_order_of_layers_and_heads(by: str) -> None:
+def test_each_layer_combines_its_own_heads(by: str) -> None:
     scores = torch.rand(3, 5, 63, generator=torch.Generator().manual_seed(4))
-    shuffled = scores.flip(0, 1)
+    found = ops.combine(scores, by)
+    for layer, combined in zip(scores, found, strict=True):
+        torch.testing.assert_close(combined, ops.combine(layer, by), rtol=0, atol=EPS * 5)
+
+
+@pytest.mark.parametrize("by", ["mean", "max", "rank"])
+def test_combining_does_not_depend_on_the_order_of_layers_and_heads(by: str) -> None:
+    scores = torch.rand(15, 63, generator=torch.Generator().manual_seed(4))
     atol = EPS * 15
     torch.testing.assert_close(
-        ops.combine(shuffled, by), ops.combine(scores, by), rtol=0, atol=atol
+        ops.combine(scores.flip(0), by), ops.combine(scores, by), rtol=0, atol=atol
     )
 
 
 def test_an_unknown_reduction_is_named() -> None:
     with pytest.raises(ValueError, match="'median'; valid: mean, max, rank"):
-        ops.combine(torch.zeros(1, 1, 2), "median")
+        ops.combine(torch.zeros(2, 2), "median")
