@@ -197,19 +197,19 @@ class Cache:
         request.num_tokens += count
         while len(request.table) * block_size < request.num_tokens:
             request.table.append(self.free.pop())
-        for position in range(first, request.num_tokens):
+        position = first
+        while position < request.num_tokens:
             block, slot = request.table[position // block_size], position % block_size
-            for i, layer in enumerate(self.layers):
-                cpu_layout.key_blocks(layer.kv_cache)[block, :, :, slot] = request.keys[
-                    i, :, position
-                ]
-                cpu_layout.value_blocks(layer.kv_cache)[block, :, slot] = request.values[
-                    i, :, position
-                ]
-        new = torch.arange(first, request.num_tokens).expand(
-            len(self.layers), self.model.kv_heads, -1
-        )
-        request.held = torch.cat([request.held, new], -1) if request.held.numel() else new
+            end = min(position - slot + block_size, request.num_tokens)
+            slots, new = slice(slot, slot + end - position), slice(position, end)
+            for layer, keys, values in zip(self.layers, request.keys, request.values, strict=True):
+                by_dimension = keys[:, new].transpose(1, 2)
+                cpu_layout.key_blocks(layer.kv_cache)[block, :, :, slots] = by_dimension
+                cpu_layout.value_blocks(layer.kv_cache)[block, :, slots] = values[:, new]
+            position = end
+        added = torch.arange(first, request.num_tokens)
+        added = added.expand(len(self.layers), self.model.kv_heads, -1)
+        request.held = torch.cat([request.held, added], -1) if request.held.numel() else added
 
     def _accumulate(self, requests: Sequence[Request], starts: list[int]) -> None:
         assert self.mass is not None
