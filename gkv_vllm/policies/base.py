@@ -54,10 +54,10 @@ class Policy:
     def __post_init__(self) -> None:
         """ValueError for a parameter that is not one of its Literal's values."""
         for name, hint in get_type_hints(type(self)).items():
-            choices = literal_choices(hint)
             value = getattr(self, name, None)
-            if choices and value is not None and value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+            if not is_choice(hint, value):
+                choices = ", ".join(literal_choices(hint))
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
     def update(self, view: View) -> Tensor:
         """The new history [layers, kv_heads, units] out of the old one, `view.history`.
@@ -82,3 +82,9 @@ def literal_choices(hint: Any) -> tuple[str, ...]:
         else next((part for part in get_args(hint) if get_origin(part) is Literal), None)
     )
     return get_args(parts) if parts is not None else ()
+
+
+def is_choice(hint: Any, value: Any) -> bool:
+    """Whether a Literal among the types of a field allows a value; True where there is none."""
+    choices = literal_choices(hint)
+    return not choices or value in choices or (value is None and type(None) in get_args(hint))

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from gkv_vllm.config import ConfigError, unknown_key
-from gkv_vllm.policies.base import Policy, literal_choices
+from gkv_vllm.policies.base import Policy, is_choice, literal_choices
 
 ENTRY_POINT_GROUP = "gkv_vllm.policies"
 """Third parties add policies here: `my_policy = "my_package.module:MyPolicy"`."""
@@ -82,8 +82,8 @@ def create(name: str, parameters: Mapping[str, Any]) -> Policy:
 
 def _accepts(hint: Any, value: Any) -> bool:
     """Whether a value from JSON has the type of a policy's field."""
-    if choices := literal_choices(hint):
-        return value in choices or (value is None and type(None) in get_args(hint))
+    if literal_choices(hint):
+        return is_choice(hint, value)
     for wanted in get_args(hint) or (hint,):
         accepted = (int, float) if wanted is float else wanted
         if isinstance(value, accepted) and isinstance(value, bool) is (wanted is bool):

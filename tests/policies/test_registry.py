@@ -4,18 +4,19 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from gkv_vllm.config import ConfigError
 from gkv_vllm.policies import registry
-from gkv_vllm.policies.base import Policy
+from gkv_vllm.policies.base import Needs, Policy
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,19 @@ class Foreign(Policy):
 
     strength: float = 0.5
     loud: bool = False
+    tone: Literal["low", "high"] = "low"
+    colour: Literal["red", "blue"] | None = None
+    limit: int | None = None
 
 
 NOT_A_POLICY = object()
+BUILT_IN = ["gkv", "h2o", "knorm", "random", "recency", "rkv", "snapkv", "streaming_llm"]
 
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # A module registers when it is first imported, so that has to happen outside of the copy.
-    for name in ("gkv", "random", "recency"):
+    for name in BUILT_IN:
         registry.load(name)
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     yield
@@ -56,10 +61,11 @@ def entry_points(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_built_in_policies_are_named_and_load() -> None:
-    assert {"gkv", "random", "recency"} <= set(registry.names())
-    for name in ("gkv", "random", "recency"):
+    assert registry.names() == BUILT_IN
+    for name in BUILT_IN:
         assert issubclass(registry.load(name), Policy)
         assert registry.load(name) is registry.load(name)
+        assert registry.create(name, {}) == registry.load(name)()
 
 
 def test_names_are_sorted_and_unique(entry_points: dict[str, Any]) -> None:
@@ -122,10 +128,32 @@ def test_registering_the_same_class_again_is_harmless() -> None:
         ("gkv", {"alpha": "1"}, "parameter 'alpha' of kv policy 'gkv' must be a float, got '1'"),
         ("gkv", {"alpha": True}, "must be a float, got True"),
         ("gkv", {"alpha": 1.5}, "kv policy 'gkv': alpha must lie between 0 and 1, got 1.5"),
-        ("gkv", {"combine_by": "sum"}, "combine_by must be mean, max or rank, got 'sum'"),
-        ("random", {"seed": 0.5}, "parameter 'seed' of kv policy 'random' must be a int"),
+        ("gkv", {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ("gkv", {"temperature": math.nan}, "temperature must be positive and finite, got nan"),
+        ("gkv", {"alpha": math.nan}, "alpha must lie between 0 and 1, got nan"),
+        ("gkv", {"score_weight": -0.1}, "score_weight must lie between 0 and 1, got -0.1"),
+        (
+            "gkv",
+            {"combine_by": "sum"},
+            "parameter 'combine_by' of kv policy 'gkv' must be one of mean, max, rank, got 'sum'",
+        ),
+        ("gkv", {"variant": None}, "must be one of paper, zipage, got None"),
+        ("gkv", {"variant": ["paper"]}, "must be one of paper, zipage, got ['paper']"),
+        ("gkv", {"redundancy": "all"}, "must be one of exact, block, none, got 'all'"),
+        ("random", {"seed": 0.5}, "parameter 'seed' of kv policy 'random' must be an int"),
+        ("rkv", {"variant": "paper"}, "must be one of original, gkv, got 'paper'"),
+        ("rkv", {"kernel": 4}, "kv policy 'rkv': kernel must be a positive odd number of tokens"),
+        ("rkv", {"score_weight": 2}, "kv policy 'rkv': score_weight must lie between 0 and 1"),
+        ("snapkv", {"kernel": 0}, "kv policy 'snapkv': kernel must be a positive odd number"),
+        ("snapkv", {"variant": "max"}, "must be one of original, gkv, kvpress, got 'max'"),
+        ("h2o", {"recent_ratio": 1.1}, "kv policy 'h2o': recent_ratio must lie between 0 and 1"),
+        ("streaming_llm", {"sinks": -1}, "kv policy 'streaming_llm': sinks must not be negative"),
+        ("streaming_llm", {"sinks": True}, "parameter 'sinks' of kv policy 'streaming_llm' must"),
+        ("knorm", {"p": 2}, "unknown parameter of kv policy 'knorm' 'p'"),
         ("recency", {"seed": 1}, "unknown parameter of kv policy 'recency' 'seed'"),
         ("foreign", {"loud": 1}, "parameter 'loud' of kv policy 'foreign' must be a bool, got 1"),
+        ("foreign", {"tone": "mid"}, "must be one of low, high, got 'mid'"),
+        ("foreign", {"limit": "1"}, "parameter 'limit' of kv policy 'foreign' must be an int"),
     ],
 )
 def test_bad_parameter_is_named(name: str, parameters: dict[str, Any], message: str) -> None:
@@ -136,6 +164,24 @@ def test_bad_parameter_is_named(name: str, parameters: dict[str, Any], message: 
 
 
 def test_parameters_reach_the_policy() -> None:
-    policy = registry.create("gkv", {"alpha": 1, "combine_by": "rank"})
-    assert (policy.alpha, policy.combine_by) == (1, "rank")
+    policy = registry.create("gkv", {"alpha": 1, "combine_by": "rank", "redundancy": None})
+    assert (policy.alpha, policy.combine_by, policy.redundancy) == (1, "rank", None)
     assert registry.create("random", {"seed": 3}).seed == 3
+
+
+def test_an_optional_parameter_may_be_absent_or_none() -> None:
+    registry.register_policy("foreign")(Foreign)
+    given = {"tone": "high", "colour": "blue", "limit": 3, "strength": 1}
+    assert registry.create("foreign", given) == Foreign(1, tone="high", colour="blue", limit=3)
+    assert registry.create("foreign", {"colour": None, "limit": None}) == Foreign()
+
+
+@pytest.mark.parametrize("parameters", [{"tone": "mid"}, {"colour": "green"}, {"tone": None}])
+def test_a_policy_made_in_python_checks_its_choices_too(parameters: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be one of"):
+        Foreign(**parameters)
+
+
+def test_a_policy_keeps_one_number_per_token() -> None:
+    with pytest.raises(ValueError, match="one number per token: history or attention_mass"):
+        Needs(history=True, attention_mass=True)
