@@ -104,6 +104,8 @@ class Watched:
         self.combine = policy.combine
 
     def update(self, view: View) -> Tensor:
+        assert view.history is not None
+        self.past = view.history.clone()
         return self.policy.update(view)
 
     def score(self, view: View) -> Tensor:

@@ -251,6 +251,19 @@ def test_the_best_blocks_stay(shape: Shape, policy: Policy) -> None:
 @shapes
 @granularities
 @policies_
+def test_a_budget_of_all_keeps_every_byte(shape: Shape, moves_tokens: bool, policy: Policy) -> None:
+    cache = cache_of(shape, policy, moves_tokens)
+    asked = request(shape)
+    grow(cache, (asked, shape.tokens))
+    before, held = cache.snapshot(), asked.held
+    cache.evict(asked, keep=len(cache.selection(asked, 0).candidates[0]))
+    assert torch.equal(asked.held, held)
+    assert all(map(same_bits, cache.snapshot(), before))
+
+
+@shapes
+@granularities
+@policies_
 def test_combined_scores_are_one_for_each_unit(
     shape: Shape, moves_tokens: bool, policy: Policy
 ) -> None:
@@ -282,15 +295,11 @@ def test_what_is_remembered_stays_with_its_token(
     else:
         places = [place for place, block in enumerate(candidates) if asked.table[block]]
         kept = torch.tensor(places).expand(*history.shape[:2], -1)
-    seen: list[Tensor] = []
     grow(cache, (asked, shape.later))
-    cache.watched.update = lambda view: (  # type: ignore[method-assign]
-        seen.append(view.history.clone()) or policy.update(view)
-    )
     cache.evict(asked, shape.keep)
-    expected = torch.zeros_like(seen[0])
+    expected = torch.zeros_like(cache.watched.past)
     expected[..., : kept.shape[-1]] = history.gather(-1, kept)
-    assert torch.equal(seen[0], expected)
+    assert torch.equal(cache.watched.past, expected)
 
 
 @shapes
