@@ -89,6 +89,19 @@ struct Compact {
   int64_t keep_stride;  // 0 where all heads share one row
 };
 
+struct TopK {
+  const float* scores;  // [rows, units]
+  int64_t units;
+  int64_t count;
+  int64_t* keep;  // [rows, count]
+};
+
+struct BlockMax {
+  const float* scores;  // [blocks, block_size]
+  int64_t block_size;
+  float* out;
+};
+
 struct AttentionMass {
   PagedCache cache;
   float* plane;         // [blocks, kv_heads, block_size]
@@ -114,6 +127,8 @@ struct Kernels {
   void (*redundancy[kNumDTypes])(const Redundancy&, int64_t begin, int64_t end);
   void (*key_norms[kNumDTypes])(const KeyNorms&, int64_t begin, int64_t end);
   void (*compact)(const Compact&, int64_t begin, int64_t end);
+  void (*topk_keep)(const TopK&, int64_t begin, int64_t end);
+  void (*block_max)(const BlockMax&, int64_t begin, int64_t end);
   // Task: request * kv_heads + head.
   void (*attention_mass[kNumDTypes])(const AttentionMass&, int64_t begin, int64_t end);
 };

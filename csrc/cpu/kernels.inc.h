@@ -13,6 +13,7 @@ namespace {
 #include "compact.h"
 #include "local_scores.h"
 #include "redundancy.h"
+#include "selection.h"
 
 }  // namespace
 
@@ -21,8 +22,14 @@ namespace {
 #define GKV_EACH(kernel) {kernel<float>, kernel<BFloat16>, kernel<Float16>}
 
 const Kernels kernels = {
-    GKV_NAME(GKV_ISA), GKV_EACH(local_scores),   GKV_EACH(redundancy), GKV_EACH(key_norms),
-    compact,           GKV_EACH(attention_mass),
+    GKV_NAME(GKV_ISA),
+    GKV_EACH(local_scores),
+    GKV_EACH(redundancy),
+    GKV_EACH(key_norms),
+    compact,
+    topk_keep,
+    block_max,
+    GKV_EACH(attention_mass),
 };
 
 }  // namespace gkv::GKV_ISA

@@ -187,24 +187,9 @@ Tensor block_max(const Tensor& scores, int64_t block_size) {
   std::vector<int64_t> size(scores.sizes().begin(), scores.sizes().end());
   size.back() = width / block_size;
   Tensor out = new_floats(scores, size);
-  const float* from = floats(scores);
-  float* to = floats(out);
-  for (int64_t i = 0; i < out.numel(); ++i, from += block_size)
-    to[i] = *std::max_element(from, from + block_size);
+  const BlockMax x{floats(scores), block_size, floats(out)};
+  active_kernels().block_max(x, 0, out.numel());
   return out;
-}
-
-void keep_best(const float* scores, int64_t units, int64_t count, int64_t* keep,
-               std::vector<float>& sorted) {
-  sorted.assign(scores, scores + units);
-  const auto threshold = sorted.begin() + (units - count);
-  std::nth_element(sorted.begin(), threshold, sorted.end());
-  const float least = *threshold;
-  int64_t equals =
-      count - std::count_if(threshold, sorted.end(), [&](float s) { return s > least; });
-  // From the newest on, so that of equals the newer ones stay.
-  for (int64_t i = units - 1, place = count; place > 0 && i >= 0; --i)
-    if (scores[i] > least || (scores[i] == least && equals-- > 0)) keep[--place] = i;
 }
 
 Tensor topk_keep(const Tensor& scores, int64_t count) {
@@ -216,14 +201,10 @@ Tensor topk_keep(const Tensor& scores, int64_t count) {
   std::vector<int64_t> size(scores.sizes().begin(), scores.sizes().end());
   size.back() = count;
   Tensor out = torch::stable::new_empty(scores, size, ScalarType::Long);
-  if (!count) return out;
-  const auto rows = [&](int64_t begin, int64_t end) {
-    std::vector<float> sorted;
-    for (int64_t row = begin; row < end; ++row)
-      keep_best(floats(scores) + row * units, units, count,
-                static_cast<int64_t*>(out.data_ptr()) + row * count, sorted);
-  };
-  for_tasks(out.numel() / count, rows);
+  if (!out.numel()) return out;
+  const TopK x{floats(scores), units, count, static_cast<int64_t*>(out.data_ptr())};
+  const auto kernel = active_kernels().topk_keep;
+  for_tasks(out.numel() / count, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
   return out;
 }
 
@@ -339,29 +320,31 @@ std::tuple<Tensor, Tensor, int64_t> squeeze_live_table(const Tensor& block_table
   const auto* table = static_cast<const int32_t*>(block_table.data_ptr());
   const auto* lens = static_cast<const int32_t*>(seq_lens.data_ptr());
   const int64_t stride = block_table.stride(0);
+  const auto used = [&](int64_t row) { return (lens[row] + block_size - 1) / block_size; };
   int64_t columns = 0, with_holes = 0;
   for (int64_t row = 0; row < requests; ++row) {
-    const int64_t used = (lens[row] + block_size - 1) / block_size;
-    STD_TORCH_CHECK(used <= block_table.size(1), op, ": row ", row, " is longer than its table");
-    columns = std::max(columns, used);
-    const int32_t* ids = table + row * stride;
-    with_holes += std::find(ids, ids + used, 0) != ids + used;
+    STD_TORCH_CHECK(used(row) <= block_table.size(1), op, ": row ", row,
+                    " is longer than its table");
+    columns = std::max(columns, used(row));
+    with_holes += std::count(table + row * stride, table + row * stride + used(row), 0) > 0;
   }
   const std::vector<int64_t> none{0};
   if (!with_holes)
     return {torch::stable::new_empty(block_table, none), torch::stable::new_empty(seq_lens, none),
             0};
-  Tensor live = torch::stable::new_zeros(block_table, {requests, columns});
+  Tensor live = torch::stable::new_empty(block_table, {requests, columns});
   Tensor live_lens = torch::stable::new_empty(seq_lens, {requests});
   auto* out = static_cast<int32_t*>(live.data_ptr());
   auto* out_lens = static_cast<int32_t*>(live_lens.data_ptr());
-  for (int64_t row = 0; row < requests; ++row) {
-    const int64_t used = (lens[row] + block_size - 1) / block_size;
+  for (int64_t row = 0; row < requests; ++row, out += columns) {
     const int32_t* ids = table + row * stride;
-    int32_t* end =
-        std::copy_if(ids, ids + used, out + row * columns, [](int32_t id) { return id; });
-    const int64_t holes = used - (end - (out + row * columns));
-    out_lens[row] = static_cast<int32_t>(lens[row] - holes * block_size);
+    int64_t place = 0;
+    for (int64_t i = 0; i < used(row); ++i) {
+      out[place] = ids[i];
+      place += ids[i] != 0;
+    }
+    std::fill(out + place, out + columns, 0);
+    out_lens[row] = static_cast<int32_t>(lens[row] - (used(row) - place) * block_size);
   }
   return {live, live_lens, with_holes};
 }

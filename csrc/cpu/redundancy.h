@@ -10,16 +10,17 @@
 // where keys resemble each other, as the keys of one head mostly do, and half the matrix where none
 // resembles any other.
 
+constexpr int64_t kVectorsPerTile = kTile / kLanes;
+
 // Squared norms of the tile's tokens.
 GKV_INLINE void squared_norms(Tile tile, int64_t depth, float* out) {
-  for (int64_t t = 0; t < kTile; t += kLanes) {
-    Floats total{};
-    for (int64_t k = 0; k < depth; ++k) {
-      const Floats x = load(tile.data + k * tile.stride + t);
-      total += x * x;
+  Floats total[kVectorsPerTile] = {};
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t v = 0; v < kVectorsPerTile; ++v) {
+      const Floats x = load(tile.data + k * tile.stride + v * kLanes);
+      total[v] += x * x;
     }
-    store(out + t, total);
-  }
+  for (int64_t v = 0; v < kVectorsPerTile; ++v) store(out + v * kLanes, total[v]);
 }
 
 // 1 / |k| of the tile's tokens; |k| is at least 1e-12, as in torch's normalize.
@@ -88,22 +89,23 @@ template <class T>
 void redundancy_task(const Redundancy& x, int64_t head, float* out) {
   const int64_t depth = x.keys.cache.head_dim, count = x.keys.tokens - x.start;
   const int64_t tiles = (count + kTile - 1) / kTile;
-  float* vectors = scratch<kVectors>(2 * tiles * kTile + depth);
+  float* vectors = scratch<kVectors>(2 * tiles * kTile + depth * kLanes);
   float *inverse = vectors, *lost = vectors + tiles * kTile, *total = lost + tiles * kTile;
   float *a = scratch<kTileA>(depth * kTile), *b = scratch<kTileB>(depth * kTile);
   float* c = scratch<kProduct>(kTile * kTile);
-  std::fill_n(lost, tiles * kTile + depth, 0.0f);
+  std::fill_n(lost, tiles * kTile + depth * kLanes, 0.0f);
 
   for (int64_t i = 0; i < tiles; ++i) {
     const Tile tile = load_clean_tile<T>(x.keys, head, x.start + i * kTile, a);
     inverse_norms(tile, depth, inverse + i * kTile);
     for (int64_t k = 0; k < depth; ++k) {
-      Floats part{};
+      Floats part = load(total + k * kLanes);
       for (int64_t t = 0; t < kTile; t += kLanes)
         part += load(tile.data + k * tile.stride + t) * load(inverse + i * kTile + t);
-      total[k] += sum(part);
+      store(total + k * kLanes, part);
     }
   }
+  for (int64_t k = 0; k < depth; ++k) total[k] = sum(load(total + k * kLanes));
 
   std::vector<Columns> columns(tiles, all_of(kTile));
   columns.back() = all_of(count - (tiles - 1) * kTile);
@@ -130,19 +132,20 @@ void redundancy_task(const Redundancy& x, int64_t head, float* out) {
   const float share = 1.0f / static_cast<float>(count);
   for (int64_t i = 0; i < tiles; ++i) {
     const Tile tile = load_clean_tile<T>(x.keys, head, x.start + i * kTile, a);
-    for (int64_t t = 0; t < kTile && i * kTile + t < count; t += kLanes) {
-      Floats along{}, self{};
-      for (int64_t k = 0; k < depth; ++k) {
-        const Floats key = load(tile.data + k * tile.stride + t);
-        along += key * total[k];
-        self += key * key;
+    Floats along[kVectorsPerTile] = {}, self[kVectorsPerTile] = {};
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t v = 0; v < kVectorsPerTile; ++v) {
+        const Floats key = load(tile.data + k * tile.stride + v * kLanes);
+        along[v] += key * total[k];
+        self[v] += key * key;
       }
-      const Floats scale = load(inverse + i * kTile + t);
-      const Floats mean =
-          (along * scale - self * scale * scale - load(lost + i * kTile + t)) * share;
-      for (int64_t l = 0; l < kLanes && i * kTile + t + l < count; ++l)
-        out[i * kTile + t + l] = mean[l];
+    float means[kTile];
+    for (int64_t v = 0; v < kVectorsPerTile; ++v) {
+      const Floats scale = load(inverse + i * kTile + v * kLanes);
+      const Floats gone = load(lost + i * kTile + v * kLanes);
+      store(means + v * kLanes, (along[v] * scale - self[v] * scale * scale - gone) * share);
     }
+    std::copy_n(means, std::min(kTile, count - i * kTile), out + i * kTile);
   }
 }
 
@@ -215,7 +218,9 @@ void key_norms(const KeyNorms& x, int64_t begin, int64_t end) {
   float squares[kTile];
   for (int64_t head = begin; head < end; ++head)
     for (int64_t token = 0; token < x.keys.tokens; token += kTile) {
-      squared_norms(load_tile<T>(x.keys, head, token, buffer), x.keys.cache.head_dim, squares);
+      const Tile tile = load_tile<T>(x.keys, head, token, buffer);
+      prefetch_tile<T>(x.keys, head, token + kTile);
+      squared_norms(tile, x.keys.cache.head_dim, squares);
       const int64_t valid = std::min(kTile, x.keys.tokens - token);
       for (int64_t t = 0; t < valid; ++t)
         x.out[head * x.keys.tokens + token + t] = std::sqrt(squares[t]);

@@ -30,14 +30,25 @@ GKV_INLINE const T* tile_keys(const LiveKeys& live, int64_t head, int64_t token)
 template <class T>
 GKV_INLINE Tile load_tile(const LiveKeys& live, int64_t head, int64_t token, float* buffer) {
   const T* keys = tile_keys<T>(live, head, token);
+  const int64_t depth = live.cache.head_dim, stride = live.cache.block_size;
   if constexpr (std::is_same_v<T, float>) {
-    return {keys, live.cache.block_size};
+    return {keys, stride};
   } else {
-    for (int64_t k = 0; k < live.cache.head_dim; ++k)
+    for (int64_t k = 0; k < depth; ++k)
       for (int64_t t = 0; t < kTile; t += kLanes)
-        store(buffer + k * kTile + t, load(keys + k * live.cache.block_size + t));
+        store(buffer + k * kTile + t, load(keys + k * stride + t));
     return {buffer, kTile};
   }
+}
+
+// Ask for the tile at `token` while the one before it is worked on: blocks lie anywhere.
+template <class T>
+GKV_INLINE void prefetch_tile(const LiveKeys& live, int64_t head, int64_t token) {
+  if (token >= live.tokens) return;
+  const T* keys = tile_keys<T>(live, head, token);
+  for (int64_t k = 0; k < live.cache.head_dim; ++k)
+    for (int64_t t = 0; t < kTile; t += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(keys + k * live.cache.block_size + t);
 }
 
 // As load_tile, with 0 for the tokens behind the last live one.
@@ -96,10 +107,11 @@ GKV_INLINE void row_products(int64_t rows, const float* a, int64_t a_stride, con
 // c [rows, kTile] = a^T b: a is [depth, rows] (element (k, r) at a[k * a_stride + r]), b a tile.
 inline void tile_product(const float* a, int64_t a_stride, int64_t rows, Tile b, int64_t depth,
                          float* c, int64_t c_stride) {
+  const int64_t passes = (rows + kRows - 1) / kRows, each = (rows + passes - 1) / passes;
   for (int64_t t = 0; t < kTile; t += kColumns)
-    for (int64_t r = 0; r < rows; r += kRows)
-      row_products<kRows>(rows - r < kRows ? rows - r : kRows, a + r, a_stride, b.data + t,
-                          b.stride, depth, c + r * c_stride + t, c_stride);
+    for (int64_t r = 0; r < rows; r += each)
+      row_products<kRows>(std::min(each, rows - r), a + r, a_stride, b.data + t, b.stride, depth,
+                          c + r * c_stride + t, c_stride);
 }
 
 // ---- rows of logits
@@ -114,6 +126,7 @@ void all_logits(const LiveKeys& live, int64_t head, const float* queries, int64_
   float* buffer = scratch<kTileB>(depth * kTile);
   for (int64_t token = 0; token < live.tokens; token += kTile) {
     const Tile tile = load_tile<T>(live, head, token, buffer);
+    prefetch_tile<T>(live, head, token + kTile);
     tile_product(queries, rows, rows, tile, depth, logits + token, width);
   }
 }
@@ -133,11 +146,16 @@ GKV_INLINE void cap(float* row, int64_t length, float softcap) {
 // Turn the first `length` logits of a row into exponentials; returns what normalises them.
 GKV_INLINE float exponentials(float* row, int64_t length) {
   close_row(row, length);
-  Floats most = load(row);
-  for (int64_t t = kLanes; t < length; t += kLanes) most = maximum(most, load(row + t));
-  const Floats shift = broadcast(largest(most));
+  Floats most = load(row), other = most;
+  int64_t t = kLanes;
+  for (; t + kLanes < length; t += 2 * kLanes) {
+    most = maximum(most, load(row + t));
+    other = maximum(other, load(row + t + kLanes));
+  }
+  if (t < length) most = maximum(most, load(row + t));
+  const Floats shift = broadcast(largest(maximum(most, other)));
   Floats total{};
-  for (int64_t t = 0; t < length; t += kLanes) {
+  for (t = 0; t < length; t += kLanes) {
     const Floats e = exponential(load(row + t) - shift);
     store(row + t, e);
     total += e;
