@@ -142,20 +142,26 @@ def test_scores_from_the_cpp_operators_are_as_well(
     assert_scores_fit(shape, moves_tokens, scores_of(shape, policy, moves_tokens, "cpu"))
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{}, {"id_seed": 1, "poison": 3.0}],
-    ids=["again", "in_other_blocks_among_other_bytes"],
-)
 @shapes
 @granularities
 @policies_
 def test_scores_depend_on_nothing_but_the_request(
-    shape: Shape, moves_tokens: bool, policy: Policy, changed: dict[str, Any]
+    shape: Shape, moves_tokens: bool, policy: Policy
 ) -> None:
-    """Nor on free blocks, on slots that are not written yet, and on what is kept beside them."""
-    cache = cache_of(shape, policy, moves_tokens, **changed)
+    """Not on where its blocks lie, nor on the bytes of free blocks, of slots that are not written
+    yet, and of what is kept beside them."""
+    cache = cache_of(shape, policy, moves_tokens, id_seed=1, poison=3.0)
     found = two_evictions(cache, shape, request(shape))
+    assert all(map(torch.equal, found, scores_of(shape, policy, moves_tokens)))
+
+
+@some_shapes
+@granularities
+@policies_
+def test_the_same_request_scores_the_same_again(
+    shape: Shape, moves_tokens: bool, policy: Policy
+) -> None:
+    found = two_evictions(cache_of(shape, policy, moves_tokens), shape, request(shape))
     assert all(map(torch.equal, found, scores_of(shape, policy, moves_tokens)))
 
 

@@ -28,8 +28,7 @@ from .paged_requests import IMPLEMENTATIONS, Cache, Model, Request, operators
 
 EPS = torch.finfo(torch.float32).eps
 MODELS = {
-    "gqa2": Model(query_heads=4, kv_heads=2, head_dim=16, window=8, block_size=32),
-    "gqa7_softcap": Model(14, 2, 24, window=5, block_size=32, softcap=4.0),
+    "gqa7_softcap": Model(14, 2, head_dim=24, window=5, block_size=32, softcap=4.0),
     "ragged_5_heads": Model(5, 5, 20, window=7, block_size=32),
 }
 
@@ -227,7 +226,10 @@ def heads_at_each_eviction(
             row = []
             for h in range(model.kv_heads):
                 at = held[layer, h]
-                mass = mass_of(request, layer, h, model, [m[..., :tokens, :tokens] for m in gone])
+                mass = torch.zeros(tokens)
+                if cache.watched.needs.attention_mass:
+                    lost = [m[..., :tokens, :tokens] for m in gone]
+                    mass = mass_of(request, layer, h, model, lost)
                 heads = slice(h * group, (h + 1) * group)
                 row.append(
                     Head(
