@@ -201,12 +201,14 @@ class EvictionMixin(Scheduler):
             request.block_hashes = hashes
 
     def _evict(self) -> None:
+        if self.kv_policy.moves_tokens:
+            for request_id, selection in self.planner.compactions().items():
+                self._compact(request_id, selection)
+            return
         for request_id, blocks in self.planner.evictions().items():
             exact_tokens = self.requests[request_id].num_computed_tokens
             for manager in self.evicting_managers:
                 manager.evict(request_id, blocks[manager.layer_group], exact_tokens)
-        for request_id, selection in self.planner.compactions().items():
-            self._compact(request_id, selection)
 
     def _compact(self, request_id: str, selection: Selection) -> None:
         """Find blocks for the survivors of a request and free the others."""

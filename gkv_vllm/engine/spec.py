@@ -14,6 +14,7 @@ from gkv_vllm.engine.footprint import bounded_blocks, due_tokens, protected_bloc
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
 
 
 def steps_ahead(vllm_config: VllmConfig) -> int:
@@ -78,8 +79,16 @@ class GKVSpec(FullAttentionSpec):
         blocks = self.bound.blocks(in_flight_tokens(vllm_config), self.block_size)
         return min(whole, blocks * self.page_size_bytes)
 
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Whether all these layers may share a KV cache group, and so a block table."""
+        groups = {getattr(spec, "layer_group", None) for spec in kv_cache_specs.values()}
+        return len(groups) == 1 and super().is_uniform_with_collection(kv_cache_specs)
+
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """One spec for all layers of a group (vLLM's merge, which knows only its own fields)."""
+        """One spec for all layers of a group (vLLM's merge, which knows only its own fields).
+
+        AssertionError, which vLLM takes as a no, for layers that keep different blocks."""
         assert all(isinstance(spec, GKVSpec) for spec in specs), "evictable and other layers mixed"
+        assert len({spec.layer_group for spec in specs}) == 1, "layers that keep different blocks"
         return replace(super().merge(specs), bound=specs[0].bound, layer_group=specs[0].layer_group)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""The planner's rules (docs/design.md), on numbers alone: no engine, no torch, no vLLM."""
+"""The planner's rules (docs/design.md) on numbers alone; those of token granularity have a file."""
 
 from __future__ import annotations
 
@@ -8,139 +8,37 @@ import logging
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkv_vllm.config import KVPolicyConfig, RequestPolicy
 from gkv_vllm.engine.footprint import bounded_blocks
-from gkv_vllm.engine.plan import BlockScores, StepPlan
-from gkv_vllm.engine.planner import OVERDUE_FACTOR, EvictionPlanner
-from gkv_vllm.policies import registry
+from gkv_vllm.engine.planner import OVERDUE_FACTOR
+from gkv_vllm.policies.base import Needs
 
-BLOCK = 4
-# In blocks: budget 4, due at 16 + 8 = 24 unprotected tokens; recorded above 24 - 4 = 20.
-BUDGET, INTERVAL, WINDOW, DUE = 16, 8, 4, 24
+from .planning import (
+    BLOCK,
+    BUDGET,
+    DUE,
+    HISTORY,
+    INTERVAL,
+    MASS,
+    NOTHING,
+    QUERIES,
+    WINDOW,
+    Harness,
+    Life,
+    descending,
+    in_group,
+)
 
-Score = Callable[[str, int, int], float]
-
-
-def descending(request_id: str, num_tokens: int, block: int) -> float:
-    """Newer blocks score lower, so that the newest candidates go first."""
-    return -float(block)
-
-
-def by_chance(request_id: str, num_tokens: int, block: int) -> float:
-    return random.Random(f"{request_id} {num_tokens} {block}").random()
-
-
-@dataclass
-class Life:
-    """What one request lived through."""
-
-    num_tokens: int = 0
-    recorded: list[int] = field(default_factory=list)
-    """`num_tokens` of the steps in which it was recorded."""
-    observed: list[int] = field(default_factory=list)
-    dropped: list[list[int]] = field(default_factory=list)
-
-    def holes(self) -> set[int]:
-        return {block for blocks in self.dropped for block in blocks}
-
-    def live(self) -> set[int]:
-        return set(range(-(-self.num_tokens // BLOCK))) - self.holes()
+ALL_NEEDS = {"queries": QUERIES, "history": HISTORY, "mass": MASS, "nothing": NOTHING}
 
 
-class Harness:
-    """A planner, and a worker that only keeps track of positions."""
-
-    def __init__(
-        self,
-        *,
-        policy: str = "gkv",
-        slots: int = 8,
-        score: Score = by_chance,
-        window: int = WINDOW,
-        interval: int = INTERVAL,
-        lag: int = 0,
-    ) -> None:
-        config = KVPolicyConfig(policy=policy, budget=BUDGET, interval=interval, window=window)
-        self.planner = EvictionPlanner(
-            config, registry.create(policy, {}), block_size=BLOCK, num_slots=slots
-        )
-        self.score = score
-        self.lag = lag
-        """Steps that are scheduled before the scores of one arrive."""
-        self.lives: dict[str, Life] = {}
-        self.on_the_way: list[BlockScores | None] = [None] * lag
-        self.rings: dict[int, dict[int, tuple[str, int]]] = {}
-
-    def add(
-        self,
-        request_id: str,
-        prompt: int = 0,
-        *,
-        protect: str = "prompt",
-        evict: bool = True,
-        key: int = 0,
-        budget: int = BUDGET,
-    ) -> None:
-        policy = RequestPolicy(evict=evict, budget=budget, protect=protect)
-        self.planner.add(request_id, prompt_tokens=prompt, policy=policy, key=key)
-        self.lives[request_id] = Life()
-
-    def step(self, *request_ids: str, tokens: int = 1) -> StepPlan:
-        """One engine step in which each of these requests computes `tokens` tokens."""
-        victims = self.planner.evictions()
-        for request_id in request_ids:
-            self.lives[request_id].num_tokens += tokens
-        plan = self.planner.plan((id_, self.lives[id_].num_tokens) for id_ in request_ids)
-        assert plan.drops == victims
-        for request_id, blocks in victims.items():
-            self.lives[request_id].dropped.append(blocks)
-        self._record(plan, tokens)
-        self.on_the_way.append(self._scores(plan))
-        self.deliver()
-        return plan
-
-    def deliver(self) -> None:
-        arrived = self.on_the_way.pop(0)
-        if arrived is not None:
-            self.planner.accept(arrived)
-
-    def _record(self, plan: StepPlan, tokens: int) -> None:
-        window = self.planner.config.window
-        for slot in plan.reset:
-            self.rings[slot] = {}
-        for request_id, recording in plan.record.items():
-            self.lives[request_id].recorded.append(recording.num_tokens)
-            ring = self.rings[recording.slot]
-            first = recording.num_tokens - min(window, tokens)
-            for position in range(first, recording.num_tokens):
-                ring[position % window] = (request_id, position)
-
-    def _scores(self, plan: StepPlan) -> BlockScores | None:
-        scores: dict[str, tuple[int, Sequence[float]]] = {}
-        window = self.planner.config.window
-        for request_id, seen in plan.observe.items():
-            life = self.lives[request_id]
-            life.observed.append(seen.num_tokens)
-            expected = {(request_id, i) for i in range(seen.num_tokens - window, seen.num_tokens)}
-            assert set(self.rings[seen.slot].values()) == expected, "a ring without its window"
-            blocks = range(-(-seen.num_tokens // BLOCK))
-            holes = life.holes()
-            values = [
-                0.0 if b in holes else self.score(request_id, seen.num_tokens, b) for b in blocks
-            ]
-            scores[request_id] = (seen.epoch, values)
-        return BlockScores(scores, seconds=1e-3) if scores else None
-
-    def run(self, *request_ids: str, until: int, tokens: int = 1) -> None:
-        while any(self.lives[id_].num_tokens < until for id_ in request_ids):
-            self.step(*request_ids, tokens=tokens)
+@pytest.fixture(params=ALL_NEEDS)
+def needs(request: pytest.FixtureRequest) -> Needs:
+    return ALL_NEEDS[request.param]
 
 
 # ---- purity
@@ -284,7 +182,8 @@ def test_window_and_partial_tail_never_go(window: int) -> None:
     interval=st.integers(1, 20),
     budget=st.integers(8, 40),
     lag=st.integers(0, 1),
-    policy=st.sampled_from(["gkv", "recency", "random"]),
+    needs=st.sampled_from(list(ALL_NEEDS.values())),
+    layer_groups=st.integers(1, 3),
 )
 def test_budget_is_kept_exactly_and_the_bound_is_never_passed(
     chunks: list[int],
@@ -293,21 +192,26 @@ def test_budget_is_kept_exactly_and_the_bound_is_never_passed(
     interval: int,
     budget: int,
     lag: int,
-    policy: str,
+    needs: Needs,
+    layer_groups: int,
 ) -> None:
-    harness = Harness(interval=interval, lag=lag, policy=policy)
+    harness = Harness(interval=interval, lag=lag, needs=needs, layer_groups=layer_groups)
     harness.add("a", prompt, protect=protect, budget=budget)
     life, track = harness.lives["a"], harness.planner.tracks["a"]
     for chunk in chunks:
         before = len(life.dropped)
         harness.step("a", tokens=chunk)
         in_flight = max(chunks) * (1 + 2 * lag)
-        assert len(life.live()) <= bounded_blocks(track.protected, track.due, in_flight, BLOCK)
-        if len(life.dropped) > before and policy == "gkv":
-            seen = life.observed[len(life.dropped) - 1]
-            counted = [b for b in life.live() if track.protected <= b < -(-seen // BLOCK)]
-            assert len(counted) == -(-budget // BLOCK)
-    assert len(life.holes()) == sum(map(len, life.dropped)), "a block went twice"
+        for group in range(layer_groups):
+            live = life.live(group)
+            assert len(live) <= bounded_blocks(track.protected, track.due, in_flight, BLOCK)
+            if len(life.drops) > before:
+                seen = life.observed[len(life.drops) - 1]
+                counted = [b for b in live if track.protected <= b < -(-seen // BLOCK)]
+                assert len(counted) == -(-budget // BLOCK)
+    for group in range(layer_groups):
+        gone = [block for groups in life.drops for block in groups[group]]
+        assert len(gone) == len(set(gone)), "a block went twice"
 
 
 def test_evicted_blocks_are_not_candidates_again() -> None:
@@ -321,13 +225,12 @@ def test_evicted_blocks_are_not_candidates_again() -> None:
 # ---- independence
 
 
-@pytest.mark.parametrize("policy", ["gkv", "recency", "random"])
 @pytest.mark.parametrize("lag", [0, 1])
-def test_kept_set_does_not_depend_on_neighbours(policy: str, lag: int) -> None:
-    alone = Harness(policy=policy, lag=lag)
+def test_kept_set_does_not_depend_on_neighbours(needs: Needs, lag: int) -> None:
+    alone = Harness(needs=needs, lag=lag)
     alone.add("a", prompt=7, key=11)
     alone.run("a", until=120)
-    crowd = Harness(policy=policy, lag=lag)
+    crowd = Harness(needs=needs, lag=lag)
     for other in range(7):
         crowd.add(f"r{other}", prompt=7 + other % 2, key=other)
     for _ in range(5):
@@ -353,27 +256,107 @@ def test_kept_set_is_the_same_with_scores_one_step_late() -> None:
     assert dropped[0][:shortest] == dropped[1][:shortest]
 
 
-def test_recency_keeps_the_newest() -> None:
-    harness = Harness(policy="recency")
-    harness.add("a", prompt=5)
-    harness.run("a", until=8 + DUE + 1)
-    assert harness.lives["a"].dropped == [[2, 3]]
-    assert not harness.lives["a"].recorded, "a policy without queries was recorded"
+def test_selection_carries_the_key_of_its_request() -> None:
+    harness = Harness(needs=Needs(seeded=True))
+    harness.add("a", key=1)
+    harness.add("b", key=2)
+    harness.run("a", "b", until=60)
+    harness.planner.restart("a")
+    harness.lives["a"] = Life()
+    harness.run("a", until=60)
+    for request_id, key in (("a", 1), ("b", 2)):
+        keys = [seen.key for seen in harness.lives[request_id].selections]
+        assert keys == [key] * len(keys) != []
 
 
-def test_random_draws_depend_on_the_key_and_repeat() -> None:
-    def kept(key: int) -> list[list[int]]:
-        harness = Harness(policy="random")
-        harness.add("a", key=key)
-        harness.run("a", until=100)
-        return harness.lives["a"].dropped
-
-    assert kept(1) == kept(1)
-    assert kept(1) != kept(2)
+# ---- layer groups
 
 
-def test_policies_without_queries_need_no_slot() -> None:
-    harness = Harness(policy="recency", slots=0)
+def test_groups_of_layers_lose_equally_many_blocks_at_once_and_keep_their_own() -> None:
+    harness = Harness(layer_groups=3)
+    harness.add("a", prompt=7)
+    harness.run("a", until=120)
+    life = harness.lives["a"]
+    assert len(life.drops) > 10
+    assert all(len(set(map(len, groups))) == 1 for groups in life.drops)
+    assert len({tuple(sorted(life.holes(group))) for group in range(3)}) == 3
+    # The harness checks that each group's candidates are what that group still holds.
+    survivors = harness.planner.tracks["a"].survivors
+    assert [set(group) <= life.live(i) for i, group in enumerate(survivors)] == [True] * 3
+
+
+def test_scores_of_a_group_decide_about_this_group_only() -> None:
+    def score(request_id: str, num_tokens: int, block: int) -> float:
+        return block if request_id == in_group("a", 1) else -block
+
+    harness = Harness(layer_groups=2, score=score)
+    harness.add("a")
+    harness.run("a", until=DUE + 1)
+    assert harness.lives["a"].drops == [([3, 4], [0, 1])]
+
+
+def test_every_group_counts_its_freed_blocks_but_tokens_count_once() -> None:
+    harness = Harness(layer_groups=3)
+    harness.add("a")
+    harness.run("a", until=DUE + 1)
+    stats = harness.planner.stats
+    assert (stats.evictions, stats.blocks_freed, stats.tokens_evicted) == (1, 6, 8)
+
+
+# ---- what a policy needs
+
+
+def test_every_step_accumulates_for_policies_that_need_attention_mass() -> None:
+    harness = Harness(needs=MASS)
+    harness.add("a", prompt=9)
+    harness.add("b", prompt=9, protect="none")
+    harness.add("other", evict=False)
+    for _ in range(3 * DUE):
+        assert harness.step("a", "b", "other").accumulate == {"a": 12, "b": 0}
+        assert harness.step("b").accumulate == {"b": 0}
+    assert harness.lives["a"].dropped
+    assert not harness.lives["a"].recorded
+
+
+@pytest.mark.parametrize(("protect", "protected"), [("prompt", 12), ("sinks", 4), ("none", 0)])
+def test_cached_prefix_is_used_as_deep_as_its_queries_may_be_missing(
+    protect: str, protected: int
+) -> None:
+    for needs in ALL_NEEDS.values():
+        harness = Harness(needs=needs)
+        harness.add("a", prompt=9, protect=protect)
+        beyond = 0 if needs.attention_mass else DUE - WINDOW
+        assert harness.planner.usable_prefix("a") == protected + beyond
+    assert harness.planner.usable_prefix("nobody") is None
+
+
+def test_request_that_opted_out_may_use_every_cached_token(needs: Needs) -> None:
+    harness = Harness(needs=needs)
+    harness.add("a", prompt=9, evict=False)
+    assert harness.planner.usable_prefix("a") is None
+
+
+def test_only_queries_are_recorded(needs: Needs) -> None:
+    harness = Harness(needs=needs)
+    harness.add("a")
+    harness.run("a", until=3 * DUE)
+    assert bool(harness.lives["a"].recorded) == needs.queries
+    assert len(harness.lives["a"].dropped) > 3
+
+
+def test_block_history_needs_a_slot_even_without_queries() -> None:
+    harness = Harness(needs=HISTORY, slots=1)
+    harness.add("a")
+    harness.add("b")
+    harness.run("a", "b", until=DUE)
+    assert [seen.slot for seen in harness.lives["a"].selections] == [0]
+    assert harness.lives["b"].selections == []
+    assert harness.planner.stats.skipped["no_slot"] == WINDOW
+
+
+@pytest.mark.parametrize("needs", [NOTHING, MASS, Needs(seeded=True)])
+def test_policies_that_remember_nothing_between_steps_need_no_slot(needs: Needs) -> None:
+    harness = Harness(needs=needs, slots=0)
     harness.add("a")
     harness.run("a", until=DUE + 1)
     assert harness.lives["a"].dropped
@@ -463,7 +446,7 @@ def test_request_starts_over_after_a_preemption() -> None:
     harness.planner.restart("a")
     after = harness.planner.tracks["a"]
     assert after.epoch > before.epoch
-    assert (after.holes, after.events, after.survivors, after.slot) == (0, 0, [], None)
+    assert (after.holes, after.events, after.survivors, after.slot) == (0, 0, ([],), None)
     assert (after.protected, after.budget, after.due, after.key) == (2, 4, DUE, 3)
 
     harness.lives["a"] = Life()
@@ -577,12 +560,12 @@ def test_eviction_is_counted_with_its_blocks_tokens_and_live_tokens() -> None:
     assert sum(stats.eviction_us) >= 1000
 
 
-def test_eviction_without_candidates_is_counted_and_forgotten() -> None:
+def test_step_that_is_due_without_candidates_is_counted_and_the_next_tries_again() -> None:
     # A window as large as the budget (which KVPolicyConfig.check_block_size refuses).
     harness = Harness(window=BUDGET, interval=1)
     harness.add("a")
     harness.run("a", until=BUDGET + 2)
-    assert harness.planner.stats.skipped == {"no_candidates": 1}
+    assert harness.planner.stats.skipped == {"no_candidates": 2}
     assert harness.lives["a"].dropped == []
     harness.run("a", until=BUDGET + BLOCK + 2)
     assert harness.lives["a"].dropped == [[0]]
