@@ -23,10 +23,10 @@ class H2O(Policy):
 
     H2O (arXiv 2306.14048): score = sum over all queries since the token was computed, those of the
     prompt included, and over the query group, of softmax attention. It is accumulated exactly, in
-    every step, beside the attention kernel: a second pass over the keys. Of what stays,
-    `recent_ratio` are the newest units whatever they score (the paper's half); a block scores the
-    sum of its tokens. Unlike the "H2O" of G-KV's repository nothing decays and no query is left
-    out (that one is `gkv` with history `sum`, window 1)."""
+    every step, beside the attention kernel: a second pass over the keys. Of the tokens that stay,
+    protected ones apart, `recent_ratio` are the newest whatever they score (the paper's half), the
+    window among them; a block scores the sum of its tokens. Unlike the "H2O" of G-KV's repository
+    nothing decays and no query is left out (that one is `gkv` with history `sum`, window 1)."""
 
     needs: ClassVar[Needs] = Needs(attention_mass=True)
 
@@ -39,6 +39,7 @@ class H2O(Policy):
 
     def score(self, view: View) -> Tensor:
         mass = view.units(view.attention_mass(), by="sum")
-        recent = view.num_units - int(view.keep * self.recent_ratio)
-        mass[..., recent:] = mass.amax(-1, keepdim=True) + 1
+        newest = view.live_tokens - view.protected - view.num_candidates  # these never compete
+        recent = int(self.recent_ratio * (view.keep * view.unit + newest)) - newest
+        mass[..., view.num_units - max(0, recent) // view.unit :] = mass.amax(-1, keepdim=True) + 1
         return mass

@@ -91,7 +91,7 @@ class View:
         (mean over the group: kvpress)."""
         queries = self.queries
         if queries is None:
-            raise ValueError("view.local_scores: the policy must declare Needs(queries=True)")
+            raise ValueError("view.local_scores: declare Needs(queries=True)")
         return torch.stack(
             [
                 self.ops.local_scores(
@@ -149,7 +149,8 @@ class View:
         )
 
     def _plane(self, layer: LayerCache) -> Tensor:
-        assert layer.plane is not None
+        if layer.plane is None:
+            raise ValueError("view.attention_mass: declare Needs(attention_mass=True)")
         return layer.plane[layer.block_ids].transpose(0, 1).flatten(1)[:, : self.live_tokens]
 
     def _each_layer(self, read: Callable[[LayerCache], Tensor]) -> Tensor:
@@ -164,14 +165,12 @@ class View:
         """The candidates' part of numbers per token, reduced to one number per unit.
 
         by: `max`, `mean` or `sum` over the tokens of a block; tokens stay as they are."""
+        if by not in ("max", "mean", "sum"):
+            raise ValueError(f"view.units: unknown reduction '{by}'; valid: max, mean, sum")
         chosen = per_token[..., self.protected : self.protected + self.num_candidates]
         if self.unit == 1:
             return chosen
         if by == "max":
             return self.ops.block_max(chosen, self.unit)
         blocks = chosen.unflatten(-1, (-1, self.unit))
-        if by == "mean":
-            return blocks.mean(-1)
-        if by == "sum":
-            return blocks.sum(-1)
-        raise ValueError(f"view.units: unknown reduction '{by}'; valid: max, mean, sum")
+        return blocks.mean(-1) if by == "mean" else blocks.sum(-1)

@@ -138,10 +138,16 @@ def knorm(head: Head) -> Tensor:
 
 
 def h2o(head: Head, recent_ratio: float) -> Tensor:
-    """Units by the sum of their tokens; the recent ones above all, whatever they scored."""
+    """Units by the sum of their tokens; those of which all tokens are among the recent share of the
+    tokens that stay are above all, whatever they scored."""
     mass = head.units(head.mass, sum)
-    recent = int(head.keep * recent_ratio)
-    mass[len(mass) - recent :] = mass.max() + 1
+    above = mass.max() + 1
+    end = len(head.keys)
+    stay = end - head.protected - head.candidates + head.keep * head.unit
+    for unit in range(len(mass)):
+        first_token = head.protected + unit * head.unit
+        if end - first_token <= recent_ratio * stay:
+            mass[unit] = above
     return mass
 
 
@@ -176,7 +182,8 @@ FORMULAS: dict[str, tuple[Policy, Callable[..., Tensor], dict[str, Any]]] = {
     "knorm": (KNorm(), knorm, {}),
     "h2o": (H2O(), h2o, {"recent_ratio": 0.5}),
     "h2o_heavy_only": (H2O(recent_ratio=0.0), h2o, {"recent_ratio": 0.0}),
-    "h2o_third": (H2O(recent_ratio=1 / 3), h2o, {"recent_ratio": 1 / 3}),
+    "h2o_recent_only": (H2O(recent_ratio=1.0), h2o, {"recent_ratio": 1.0}),
+    "h2o_eighth": (H2O(recent_ratio=1 / 8), h2o, {"recent_ratio": 1 / 8}),
 }
 
 
