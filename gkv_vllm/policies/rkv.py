@@ -28,8 +28,9 @@ class RKV(Policy):
     R-KV (arXiv 2505.24133): Z = score_weight * maxpool(S) - (1 - score_weight) * R, S the local
     score of the window, R the redundancy (`View.redundancy`). Its repository takes the maximum over
     the query group on logits and a softmax over the older tokens (`original`, kernel 7, weight
-    0.07); G-KV's repository, for its comparison, the maximum over probabilities (`gkv`, kernel 5,
-    weight 0.1). `kernel` and `score_weight` follow the variant unless given."""
+    0.07, there with a window of 8); G-KV's repository, for its comparison, the maximum over
+    probabilities (`gkv`, kernel 5, weight 0.1, window 16). Blocks take the best S and the mean R of
+    their tokens. `kernel` and `score_weight` follow the variant unless given."""
 
     needs: ClassVar[Needs] = Needs(queries=True)
 

@@ -30,9 +30,10 @@ class SnapKV(Policy):
     """Keeps what the window attends to, with its neighbours: score = pool(S).
 
     SnapKV (arXiv 2404.14469), applied at every eviction. Sources differ: the repository of R-KV
-    takes the maximum over the query group on logits and pools 7 tokens by maximum (`original`),
-    that of G-KV the maximum over probabilities, 5 tokens (`gkv`), kvpress the means over the group
-    and over 5 tokens (`kvpress`). `kernel` follows the variant unless given."""
+    takes the maximum over the query group on logits and pools 7 tokens by maximum (`original`,
+    there with a window of 8), that of G-KV the maximum over probabilities, 5 tokens (`gkv`, window
+    16), kvpress the means over the group and over 5 tokens (`kvpress`, window 64). A block scores
+    its best token. `kernel` follows the variant unless given."""
 
     needs: ClassVar[Needs] = Needs(queries=True)
 
