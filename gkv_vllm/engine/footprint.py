@@ -29,14 +29,21 @@ def bounded_blocks(protected: int, due: int, in_flight_tokens: int, block_size: 
     return protected + blocks_for(due - 1 + in_flight_tokens, block_size)
 
 
-def pool_problem(config: KVPolicyConfig, block_size: int, pool: int) -> str | None:
-    """Why no request could ever be evicted from a pool of this many blocks; None if it could."""
-    due = due_tokens(config.budget, config.interval, block_size)
-    if blocks_for(due, block_size) <= pool:
+def pool_problem(
+    config: KVPolicyConfig, block_size: int, pool: int, kv_groups: int = 1
+) -> str | None:
+    """Why no request could ever be evicted from a pool of this many blocks; None if it could.
+
+    kv_groups: KV cache groups that lose blocks, in each of which a request holds as many."""
+    blocks = kv_groups * blocks_for(
+        due_tokens(config.budget, config.interval, block_size), block_size
+    )
+    if blocks <= pool:
         return None
+    where = f" in {kv_groups} KV cache groups" if kv_groups > 1 else ""
     return (
         f"kv_policy budget={config.budget} and interval={config.interval} take "
-        f"{blocks_for(due, block_size)} blocks of {block_size} tokens, but the KV cache has "
+        f"{blocks} blocks of {block_size} tokens{where}, but the KV cache has "
         f"{pool}: no request would ever be evicted; lower --kv-budget or give the KV cache more "
         "memory (--num-gpu-blocks-override, if it is set)"
     )

@@ -90,11 +90,14 @@ class EvictionMixin(Scheduler):
     def _check_pool(self, block_size: int) -> None:
         """Refuse a budget that the pool cannot even reach, and say what the bound means here."""
         config, pool = self.kv_policy, self.kv_cache_config.num_blocks - 1
-        if problem := pool_problem(config, block_size, pool):
+        groups = len(self.evicting_managers)
+        if problem := pool_problem(config, block_size, pool, groups):
             raise ConfigError(problem)
         due = due_tokens(config.budget, config.interval, block_size)
         protected = protected_blocks(config.protect, config.reserved_prompt, block_size)
-        decoding = bounded_blocks(protected, due, steps_ahead(self.vllm_config), block_size)
+        decoding = groups * bounded_blocks(
+            protected, due, steps_ahead(self.vllm_config), block_size
+        )
         logger.info(
             "KV policy %s: a decoding request holds at most %d blocks of %d tokens (prompt up to "
             "%d tokens, protect=%s); the pool of %d blocks decodes %.1f such requests",

@@ -58,7 +58,7 @@ def vllm_config(base_config: Any) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def kv_cache_config() -> Callable[..., Any]:
-    """Makes a KVCacheConfig of one evictable group, as the engine core does after profiling."""
+    """Makes a KVCacheConfig of evictable groups, as the engine core does after profiling."""
     import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
@@ -68,15 +68,32 @@ def kv_cache_config() -> Callable[..., Any]:
 
     register_spec()
 
-    def make(policy: dict[str, Any], *, block_size: int, num_blocks: int) -> Any:
+    class Zeroed(KVCacheConfig):
+        """As of models whose new blocks are zeroed: nothing live may be among them."""
+
+        needs_kv_cache_zeroing = True
+
+    def make(
+        policy: dict[str, Any],
+        *,
+        block_size: int,
+        num_blocks: int,
+        layer_groups: tuple[int, ...] = (0,),
+    ) -> Any:
+        """layer_groups: the layer group of each KV cache group."""
         stock = FullAttentionSpec(
             block_size=block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
         )
-        spec = GKVSpec.from_full_attention(stock, KVPolicyConfig.from_mapping(policy))
-        return KVCacheConfig(
+        config = KVPolicyConfig.from_mapping(policy)
+        return Zeroed(
             num_blocks=num_blocks,
             kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+            kv_cache_groups=[
+                KVCacheGroupSpec(
+                    [f"layer {i}"], GKVSpec.from_full_attention(stock, config, layer_group)
+                )
+                for i, layer_group in enumerate(layer_groups)
+            ],
         )
 
     return make

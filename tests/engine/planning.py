@@ -145,7 +145,7 @@ class Harness:
     def _evict(self) -> dict[str, tuple[list[int], ...]]:
         if not self.planner.config.moves_tokens:
             return self.planner.evictions()
-        drops = {}
+        drops: dict[str, tuple[list[int], ...]] = {}
         for request_id, selection in self.planner.compactions().items():
             gone = self._compact(request_id, selection)
             if gone is not None:
