@@ -66,6 +66,17 @@ class Cache:
         exact = self.requests[request_id].num_computed_tokens
         return self.group.evict(request_id, blocks, exact)
 
+    def repurpose(
+        self, request_id: str, targets: list[int], fresh: list[int] | None = None
+    ) -> dict[int, int]:
+        exact = self.requests[request_id].num_computed_tokens
+        return self.group.repurpose(request_id, targets, fresh or [], exact)
+
+    def hashed(self, request_id: str) -> list[int]:
+        """The logical blocks of a request that the prefix cache knows."""
+        blocks = self.group.req_to_blocks[request_id]
+        return [i for i, block in enumerate(blocks) if block.block_hash is not None]
+
     def preempt(self, request_id: str) -> None:
         self.manager.free(self.requests[request_id])
         self.requests[request_id].num_computed_tokens = 0
@@ -227,6 +238,106 @@ def test_id_used_again_starts_exact(cache: Cache) -> None:
     cache.manager.free(cache.requests.pop("a"))
     cache.start("a", list(range(16)))
     assert all(block.block_hash is not None for block in cache.group.req_to_blocks["a"])
+
+
+# ---- blocks that will hold other tokens
+
+
+def test_private_blocks_are_those_that_nobody_else_holds(cache: Cache) -> None:
+    cache.start("a")
+    cache.decode("a", 4)
+    assert cache.group.private("a", [0, 1, 2, 3]) == [True] * 4
+    assert cache.start("b") == 8
+    assert cache.group.private("a", [0, 1, 2, 3]) == [False, False, True, True]
+    assert cache.group.private("b", [2, 0]) == [True, False]
+    cache.manager.free(cache.requests["b"])
+    assert cache.group.private("a", [0, 1]) == [True, True], "a cached block is private as well"
+
+
+def test_targets_leave_the_prefix_cache_and_stay_where_they_are(cache: Cache) -> None:
+    cache.start("a")
+    cache.decode("a", 8)
+    tokens, table = list(cache.requests["a"].all_token_ids), cache.table("a")
+    free = cache.pool.get_num_free_blocks()
+    assert cache.hashed("a") == [0, 1, 2, 3, 4]
+    assert cache.repurpose("a", [1, 3]) == {}
+    assert cache.hashed("a") == [0, 2, 4]
+    assert cache.hit_of(tokens) == 4, "what lies behind a target is found"
+    assert (cache.table("a"), cache.pool.get_num_free_blocks()) == (table, free)
+
+
+def test_shared_targets_are_replaced_and_their_bytes_stay_with_the_others(cache: Cache) -> None:
+    cache.start("a")
+    cache.start("b")
+    cache.decode("a", 4)
+    before, free = cache.table("a"), cache.pool.get_num_free_blocks()
+    fresh = cache.repurpose("a", [0, 2], [0])
+    after = cache.table("a")
+    assert fresh == {0: after[0]}
+    assert after[1:] == before[1:]
+    assert after[0] not in (*before, *cache.table("b"))
+    assert cache.pool.get_num_free_blocks() == free - 1
+    assert cache.table("b")[0] == before[0]
+    assert cache.group.private("a", [0]) == [True]
+    assert cache.group.private("b", [0]) == [True], "the reference was not given back"
+    # The third block as well: "b" has computed one of its own.
+    assert cache.hit_of(PROMPT) == 12, "what others hold left the prefix cache"
+
+
+def test_replaced_block_that_only_the_cache_shares_can_be_hit_again(cache: Cache) -> None:
+    # As with two tables, when the block of the other one is shared.
+    cache.start("a")
+    cache.repurpose("a", [0], [0])
+    assert cache.hit_of(PROMPT) == 12
+    assert cache.start("b") == 8
+
+
+def test_fresh_block_takes_no_other_content_along(cache: Cache) -> None:
+    other = list(range(300, 300 + 4 * (POOL - 1) - 1))
+    cache.start("full", other)
+    cache.manager.free(cache.requests.pop("full"))
+    cache.start("a")
+    assert cache.repurpose("a", [0], [0])
+    assert cache.hashed("a") == [1, 2]
+
+
+def test_nothing_from_the_first_target_on_is_cached_any_more(cache: Cache) -> None:
+    cache.start("a")
+    cache.decode("a", 7)  # the fifth block is computed in part
+    cache.repurpose("a", [2, 3])
+    cache.evict("a", 1)
+    cache.decode("a", 12)
+    assert cache.hashed("a") == [0]
+
+
+def test_later_targets_only_lower_the_limit(cache: Cache) -> None:
+    cache.start("a")
+    cache.decode("a", 12)
+    cache.group.repurpose("a", [3], [], exact_tokens=12)
+    assert cache.group._exact_tokens["a"] == 12
+    cache.group.repurpose("a", [4], [], exact_tokens=20)
+    assert cache.group._exact_tokens["a"] == 12
+    cache.group.repurpose("a", [1, 2], [], exact_tokens=20)
+    assert cache.group._exact_tokens["a"] == 4
+    cache.group.evict("a", [], exact_tokens=24)
+    assert cache.group._exact_tokens["a"] == 4
+
+
+def test_survivors_of_nothing_leave_the_limit_at_what_was_computed(cache: Cache) -> None:
+    cache.start("a")
+    assert cache.repurpose("a", []) == {}
+    assert cache.group._exact_tokens["a"] == 12
+    assert cache.hashed("a") == [0, 1, 2]
+
+
+def test_repurposed_request_is_cached_again_after_a_preemption(cache: Cache) -> None:
+    cache.start("a")
+    cache.decode("a", 8)
+    cache.repurpose("a", [1], [])
+    cache.evict("a", 2, 3)
+    cache.preempt("a")
+    assert cache.start("a") == 4, "behind the target nothing may be found"
+    assert cache.hashed("a") == [0, 1, 2, 3, 4]
 
 
 # ---- admission
