@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gkv_vllm.ops import cpu_layout, reference
+from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.policies.base import Policy
 from gkv_vllm.policies.gkv import GKV
 from gkv_vllm.policies.h2o import H2O
@@ -127,6 +128,41 @@ def test_no_redundancy_is_a_weight_of_one(
     by_kind = scores(GKV(variant, redundancy="none"), model, moves_tokens, event=event)
     by_weight = scores(GKV(variant, score_weight=1.0), model, moves_tokens, event=event)
     assert torch.equal(by_kind, by_weight)
+
+
+class NoRedundancy(ReferenceOps):
+    """Operators of which the costly one must not be called."""
+
+    def redundancy(self, *arguments: Any) -> Tensor:
+        raise AssertionError("redundancy without weight")
+
+    redundancy_in_block = redundancy
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        GKV(redundancy="none"),
+        GKV(score_weight=1.0),
+        GKV("zipage", score_weight=1.0),
+        RKV(score_weight=1.0),
+    ],
+    ids=str,
+)
+def test_redundancy_without_weight_is_not_computed(policy: Policy) -> None:
+    view, found = at_eviction(policy, MODELS["gqa4"], event=1)
+    assert torch.equal(policy.score(replace(view, ops=NoRedundancy())), found)
+
+
+@granularities
+def test_gkv_combines_layers_and_heads_as_named(moves_tokens: bool) -> None:
+    found = scores(GKV(), MODELS["gqa4"], moves_tokens).flatten(0, 1)
+    combined = {by: GKV(combine_by=by).combine(found) for by in ("mean", "max", "rank")}
+    for by, numbers in combined.items():
+        assert torch.equal(numbers, reference.combine(found, by))
+    assert torch.equal(GKV().combine(found), combined["mean"])
+    assert not torch.equal(combined["mean"], combined["max"])
+    assert not torch.equal(combined["mean"], combined["rank"])
 
 
 @models
