@@ -228,6 +228,7 @@ def problems_of(vllm_config: Any, config: KVPolicyConfig) -> list[str]:
     for check in (
         lambda: registry.create(config.policy, config.policy_config),
         lambda: config.check_block_size(block_size),
+        lambda: _check_layer_groups(vllm_config, config),
         lambda: _check_pool(vllm_config, config),
         lambda: _check_impl(config),
     ):
@@ -246,8 +247,31 @@ def _check_pool(vllm_config: Any, config: KVPolicyConfig) -> None:
     cache = vllm_config.cache_config
     pool = cache.num_gpu_blocks_override
     # Block 0 is vLLM's null block.
-    if pool is not None and (problem := pool_problem(config, cache.block_size, pool - 1)):
+    if pool is None:
+        return
+    # Layers that keep different blocks take blocks of their own; vLLM may split them further.
+    if problem := pool_problem(config, cache.block_size, pool - 1, config.layer_groups):
         raise ConfigError(problem)
+
+
+def _check_layer_groups(vllm_config: Any, config: KVPolicyConfig) -> None:
+    """Raise when vLLM could not give each layer group a KV cache group of its own."""
+    from gkv_vllm.config import ConfigError
+
+    if config.layer_groups == 1:
+        return
+    layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    if config.layer_groups > layers:
+        raise ConfigError(
+            f"kv_policy layer_groups={config.layer_groups}, but the model has {layers} layers; "
+            "lower layer_groups"
+        )
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ConfigError(
+            f"kv_policy layer_groups={config.layer_groups} takes several KV cache groups, and the "
+            "hybrid KV cache manager is off; remove --disable-hybrid-kv-cache-manager or set "
+            "layer_groups to 1"
+        )
 
 
 def _check_impl(config: KVPolicyConfig) -> None:

@@ -187,7 +187,7 @@ class EvictionWorkerMixin(Worker):
         return evictor
 
     def _evicted_layers(self, kv_cache_config: KVCacheConfig) -> dict[str, tuple[int, GKVSpec]]:
-        """The layers that own an evictable cache: KV cache group and spec of each."""
+        """The layers that own an evictable cache, in the model's order: KV cache group and spec."""
         owners: dict[str, tuple[int, GKVSpec]] = {}
         for index, group in enumerate(kv_cache_config.kv_cache_groups):
             names = [name for name in group.layer_names if self._owns_cache(name)]
@@ -200,7 +200,8 @@ class EvictionWorkerMixin(Worker):
                     "this model without --kv-policy, or with --kv-layer-groups 1"
                 )
             owners |= {name: (index, spec) for name, spec in ours.items()}
-        return owners
+        in_order = self.vllm_config.compilation_config.static_forward_context
+        return {name: owners[name] for name in in_order if name in owners}
 
     def _layer(self, name: str) -> Any:
         return self.vllm_config.compilation_config.static_forward_context[name]

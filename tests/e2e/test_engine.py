@@ -15,6 +15,7 @@ import torch
 
 from gkv_vllm.engine.footprint import peak_blocks
 
+from .dense import dense_log_probabilities, run_and_follow
 from .harness import (
     BLOCK_SIZE,
     ENGINE_ENVIRONMENT,
@@ -254,90 +255,19 @@ def test_four_times_more_demand_than_blocks_ends_well(engine: InProcessEngine) -
     assert not engine.scheduler.planner.tracks
 
 
-class Survivors:
-    """Which position each cell of each layer and head holds, by the engine's own moves."""
-
-    def __init__(self, engine: InProcessEngine, positions: int) -> None:
-        self.engine = engine
-        scorer = engine.worker.evictor.scorer
-        heads = [layer.kv_heads for layer in scorer.layers]
-        cells = torch.arange(positions)
-        self.held = torch.stack([cells.expand(heads[0], -1).clone() for _ in heads])
-        """[layers, kv_heads, cells]: -1 where nothing is held any more."""
-        self.gone: list[tuple[int, torch.Tensor]] = []
-        """From which position on [layers, kv_heads, positions] are out of sight."""
-
-    def moved(self, targets: list[int], sources: list[int], keep: torch.Tensor) -> None:
-        """keep [layers, kv_heads, tokens] among the tokens of the source blocks."""
-        before = self.held[..., cells_of(sources)]
-        self.held[..., cells_of(targets)] = before.gather(-1, keep.expand(*before.shape[:2], -1))
-
-    def dropped(self, blocks: list[int], position: int) -> None:
-        self.held[..., cells_of(blocks)] = -1
-        self.gone.append((position, self.held.clone()))
-
-
-def cells_of(blocks: list[int]) -> torch.Tensor:
-    return torch.cat([torch.arange(b * BLOCK_SIZE, (b + 1) * BLOCK_SIZE) for b in blocks])
-
-
 def test_log_probabilities_equal_a_dense_model_over_the_surviving_tokens(
     engine: InProcessEngine, demo_model: Path
 ) -> None:
-    """The whole chain at once: a Hugging Face forward in which each query head of each layer sees
-    what survived there."""
-    from transformers import AutoModelForCausalLM
-
+    """The whole chain at once, against a forward that knows nothing of blocks."""
     asked = request(prompt(90, 45), 420, **SMALL)
-    length = len(asked["prompt_token_ids"]) + 420
-    survivors = Survivors(engine, -(-length // BLOCK_SIZE) * BLOCK_SIZE)
-    kept: list[torch.Tensor] = []
-
-    def look(plan: Any) -> None:
-        if plan is None or not plan.drops:
-            return
-        ((id_, (blocks,)),) = plan.drops.items()
-        for order in plan.compact.values():
-            survivors.moved(order.targets, order.selection.candidates[0], torch.stack(kept))
-            kept.clear()
-        position = engine.scheduler.requests[id_].num_computed_tokens - 1
-        survivors.dropped(blocks, position)
-
-    with engine.each_compaction(lambda keep: kept.append(keep)), engine.each_begin(look):
-        (answer,) = engine.run([asked])
+    answer, survivors = run_and_follow(engine, asked)
     assert len(survivors.gone) > 5
-
-    tokens = torch.tensor([asked["prompt_token_ids"] + answer["token_ids"]])
-    model = AutoModelForCausalLM.from_pretrained(
-        demo_model, dtype=torch.float32, attn_implementation="eager"
+    length = len(asked["prompt_token_ids"]) + 420
+    expected = dense_log_probabilities(
+        demo_model, asked["prompt_token_ids"], answer["token_ids"], survivors.visible(length)
     )
-    layers, kv_heads = survivors.held.shape[:2]
-    group = model.config.num_attention_heads // kv_heads
-    visible = torch.ones(length, length, dtype=torch.bool).tril().repeat(layers, kv_heads, 1, 1)
-    for position, held in survivors.gone:
-        left = torch.zeros(layers, kv_heads, length + BLOCK_SIZE, dtype=torch.bool)
-        left.scatter_(-1, held.clamp_min(0), True)
-        left[..., 0] = (held == 0).any(-1)  # what is not held was written there
-        # Newer positions are not concerned: they are in their own cells.
-        left[..., position:] = True
-        visible[:, :, position:] &= left[:, :, None, :length]
-    minimum = torch.finfo(torch.float32).min
-    masks = torch.zeros(visible.shape).masked_fill(~visible, minimum).repeat_interleave(group, 1)
-    for layer, mask in zip(model.model.layers, masks, strict=True):
-        layer.self_attn.register_forward_pre_hook(masked(mask[None]), with_kwargs=True)
-    with torch.no_grad():
-        logits = model(tokens).logits[0]
-    predicted = logits.log_softmax(-1)[len(asked["prompt_token_ids"]) - 1 : -1]
-    expected = predicted.gather(1, tokens[0, len(asked["prompt_token_ids"]) :, None])[:, 0]
     # float32 through four layers: the two forwards differ by rounding only.
     torch.testing.assert_close(torch.tensor(answer["logprobs"]), expected, rtol=1e-3, atol=2e-3)
-
-
-def masked(mask: torch.Tensor) -> Any:
-    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "attention_mask": mask}
-
-    return hook
 
 
 def test_the_same_request_repeats_whatever_else_is_in_the_batch(engine: InProcessEngine) -> None:
@@ -375,7 +305,7 @@ def test_fresh_blocks_stand_in_for_shared_ones_and_nobody_notices(
     """Two requests over one unprotected prefix: both evict while the other still reads it."""
     shared = prompt(8, 6 * BLOCK_SIZE)
     asked = [
-        request(shared + prompt(130 + i, 9 + i), 200, kv_budget=96, kv_protect="none")
+        request(shared + prompt(130 + i, 9 + i), 200, kv_budget=160, kv_protect="none")
         for i in range(2)
     ]
     alone = []
