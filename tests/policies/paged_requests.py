@@ -48,6 +48,7 @@ class Model:
     block_size: int
     layers: int = 2
     softcap: float = 0.0
+    dtype: torch.dtype = torch.float32
 
     @property
     def scale(self) -> float:
@@ -80,7 +81,8 @@ class Request:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(heads: int) -> Tensor:
-            return torch.randn(model.layers, heads, tokens, model.head_dim, generator=generator)
+            size = (model.layers, heads, tokens, model.head_dim)
+            return torch.randn(size, generator=generator).to(model.dtype)
 
         keys, values = draw(model.kv_heads), draw(model.kv_heads)
         return Request(keys, values, draw(model.query_heads), **kwargs)
@@ -144,12 +146,12 @@ class Cache:
                 ops=ops,
                 kv_group=0,
                 layer_group=0,
-                kv_cache=torch.full((*size, 2 * model.head_dim), poison),
+                kv_cache=torch.full((*size, 2 * model.head_dim), poison, dtype=model.dtype),
                 plane=torch.full(size, poison) if has_planes else None,
                 ring=None
                 if self.rings is None
                 else QueryRing(
-                    self.rings, ops, SLOTS, model.query_heads, model.head_dim, torch.float32
+                    self.rings, ops, SLOTS, model.query_heads, model.head_dim, model.dtype
                 ),
                 mass=self.mass,
                 kv_heads=model.kv_heads,
