@@ -23,7 +23,6 @@ class BuildOps(build_ext):
     """A failed build is a warning: the extension is optional."""
 
     def build_extension(self, ext: Extension) -> None:
-        self.parallel = True
         try:
             super().build_extension(ext)
         except Exception as error:

@@ -37,6 +37,7 @@ class Touch:
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 _REGISTRY = "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry"
+_POOL = "vllm.v1.core.block_pool:BlockPool"
 _SPEC = "vllm.v1.kv_cache_interface:FullAttentionSpec"
 _CPU_WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
 _CPU_ATTN = "vllm.v1.attention.backends.cpu_attn"
@@ -182,7 +183,36 @@ _ENGINE = [
         "registering first would suppress vLLM's own registrations",
         "register() calls it itself",
     ),
-    Touch(f"{_SPEC}.merge", "a merged spec must stay ours", "merge keeps subclasses", ("specs",)),
+    Touch(
+        f"{_SPEC}.merge",
+        "a merged spec must stay ours, and layer groups must not be merged",
+        "merge keeps subclasses",
+        ("specs",),
+    ),
+    Touch(
+        f"{_SPEC}.is_uniform_with_collection",
+        "each layer group needs a KV cache group, and so a block table, of its own",
+        "never: it is the intended override",
+        ("self", "kv_cache_specs"),
+    ),
+    Touch(
+        f"{_POOL}.free_blocks",
+        "an evicted block of a running request goes back to the pool",
+        "managers free blocks in the middle of a request",
+        ("self", "ordered_blocks"),
+    ),
+    Touch(
+        f"{_POOL}.get_new_blocks",
+        "survivors of a shared block need a block that nobody else reads",
+        "managers allocate outside allocate_slots",
+        ("self", "num_blocks"),
+    ),
+    Touch(
+        f"{_POOL}.evict_blocks",
+        "a block whose tokens were replaced must not be found by its old hash",
+        "never: it is the intended hook",
+        ("self", "block_ids"),
+    ),
     Touch(
         f"{_SPEC}.max_memory_usage_bytes",
         'the start-up line "Maximum concurrency" must be true',

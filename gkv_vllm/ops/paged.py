@@ -201,10 +201,10 @@ def resolve(impl: str) -> PagedOps:
     """The operators that `kv_policy impl` asks for: `auto`, `reference` or `cpu`.
 
     ValueError where they are asked for by name and this installation does not have them."""
+    if impl not in ("auto", "reference", "cpu"):
+        raise ValueError(f"unknown impl '{impl}'; valid: auto, reference, cpu")
     if impl == "reference":
         return ReferenceOps()
-    if impl not in ("auto", "cpu"):
-        raise ValueError(f"unknown impl '{impl}'; valid: auto, reference, cpu")
     try:
         from gkv_vllm.ops.cpu import CPUOps
     except ImportError as error:
@@ -212,17 +212,17 @@ def resolve(impl: str) -> PagedOps:
             return ReferenceOps()
         raise ValueError(
             f"kv_policy impl=cpu, but the C++ operators are not there ({error}); install gkv_vllm "
-            "where a C++ compiler is found, or set impl=auto"
+            "beside torch where a C++ compiler is found, with --no-build-isolation, or set "
+            "impl=auto"
         ) from error
     return CPUOps()
 
 
 def describe() -> str:
     """Which operators `impl=auto` runs here, and why not faster ones."""
-    ops = resolve("auto")
-    if ops.name != "reference":
-        return f"operators: C++ for CPU ({ops.name}), torch {torch.__version__}"
-    return (
-        "operators: the torch reference, as this installation has no C++ extension (gkv_vllm was "
-        "built without a C++ compiler): right, but several times slower per eviction"
-    )
+    try:
+        return f"operators: C++ for CPU ({resolve('cpu').name}), torch {torch.__version__}"
+    except ValueError as error:
+        return (
+            f"operators: the torch reference, right but several times slower per eviction: {error}"
+        )
