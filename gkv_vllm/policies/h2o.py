@@ -41,5 +41,5 @@ class H2O(Policy):
         mass = view.units(view.attention_mass(), by="sum")
         newest = view.live_tokens - view.protected - view.num_candidates  # these never compete
         recent = int(self.recent_ratio * (view.keep * view.unit + newest)) - newest
-        mass[..., view.num_units - max(0, recent) // view.unit :] = mass.amax(-1, keepdim=True) + 1
+        mass[..., view.num_units - recent // view.unit :] = mass.amax(-1, keepdim=True) + 1
         return mass
