@@ -19,7 +19,7 @@ export VLLM_NO_USAGE_STATS := 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo serve test test-fast lint format types bench-cpu clean
+.PHONY: help env demo serve test test-fast lint format types bench-cpu bench-ops clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -68,6 +68,9 @@ types: $(STAMP) ## mypy on the package
 
 bench-cpu: $(STAMP) $(MODEL)/config.json ## stock against policy, same model and pool (BENCH_ARGS=--quick: a smoke run)
 	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_ARGS)
+
+bench-ops: $(STAMP) ## each C++ operator against torch and against one pass over the keys
+	$(BIN)/python benchmarks/bench_ops.py $(BENCH_ARGS)
 
 clean: ## remove what make created
 	rm -f gkv_vllm/ops/*.so

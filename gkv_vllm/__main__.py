@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,11 +56,31 @@ def flags_table() -> str:
     return "\n".join(rows)
 
 
+def policies_table() -> str:
+    """The README's table of policies: the first sentence of each, and its parameters."""
+    from gkv_vllm.policies import registry
+
+    rows = ["| policy | idea | parameters |", "|---|---|---|"]
+    for name in registry.built_in():
+        policy = registry.load(name)
+        idea = " ".join((policy.__doc__ or "").split("\n\n")[0].split())
+        parameters = [
+            f"`{field.name}` {shown_default(field.default)}" for field in dataclasses.fields(policy)
+        ]
+        rows.append(f"| `{name}` | {idea} | {', '.join(parameters)} |")
+    return "\n".join(rows)
+
+
+def shown_default(value: object) -> str:
+    """A parameter's default as one would write it in JSON; None follows the variant."""
+    return "by variant" if value is None else json.dumps(value)
+
+
 def generated_blocks() -> Mapping[str, Callable[[], str]]:
     """Marker name -> what stands between its markers."""
     from gkv_vllm.refusals import support_matrix
 
-    return {"flags": flags_table, "support": support_matrix}
+    return {"flags": flags_table, "policies": policies_table, "support": support_matrix}
 
 
 def docs(readme: Path, *, check: bool) -> int:

@@ -105,6 +105,8 @@ SKELETON = """# Title
 <!-- begin flags -->
 <!-- end flags -->
 between
+<!-- begin policies -->
+<!-- end policies -->
 <!-- begin support -->
 old
 <!-- end support -->
@@ -120,7 +122,7 @@ def test_docs_fill_their_blocks_and_nothing_else(tmp_path):
     assert main.main(["docs", "--readme", str(readme)]) == 0
     text = readme.read_text()
     assert text.startswith("# Title\n<!-- begin flags -->\n| flag |")
-    assert "<!-- end flags -->\nbetween\n<!-- begin support -->" in text
+    assert "<!-- end flags -->\nbetween\n<!-- begin policies -->\n| policy |" in text
     assert text.endswith("<!-- end support -->\nafter\n") and "old" not in text
     assert main.main(["docs", "--check", "--readme", str(readme)]) == 0
     readme.write_text(text.replace("2048", "4096"))

@@ -43,6 +43,11 @@ def register_policy(name: str) -> Callable[[P], P]:
     return decorate
 
 
+def built_in() -> list[str]:
+    """The names of the policies that this package brings, sorted."""
+    return sorted(_BUILT_IN)
+
+
 def names() -> list[str]:
     """All names that `load` knows, sorted."""
     third_party = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
