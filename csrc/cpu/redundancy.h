@@ -219,7 +219,6 @@ void key_norms(const KeyNorms& x, int64_t begin, int64_t end) {
   for (int64_t head = begin; head < end; ++head)
     for (int64_t token = 0; token < x.keys.tokens; token += kTile) {
       const Tile tile = load_tile<T>(x.keys, head, token, buffer);
-      prefetch_tile<T>(x.keys, head, token + kTile);
       squared_norms(tile, x.keys.cache.head_dim, squares);
       const int64_t valid = std::min(kTile, x.keys.tokens - token);
       for (int64_t t = 0; t < valid; ++t)

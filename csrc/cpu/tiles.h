@@ -41,14 +41,20 @@ GKV_INLINE Tile load_tile(const LiveKeys& live, int64_t head, int64_t token, flo
   }
 }
 
-// Ask for the tile at `token` while the one before it is worked on: blocks lie anywhere.
+// The cache lines of a tile that comes next, asked for one by one between products, so that memory
+// and arithmetic overlap: blocks lie anywhere, and asking for all at once would wait for them.
+struct Ahead {
+  const char* first = nullptr;
+  int64_t row_bytes = 0;  // from one dimension's keys to the next
+  int64_t lines = 0;      // per dimension
+};
+
 template <class T>
-GKV_INLINE void prefetch_tile(const LiveKeys& live, int64_t head, int64_t token) {
-  if (token >= live.tokens) return;
-  const T* keys = tile_keys<T>(live, head, token);
-  for (int64_t k = 0; k < live.cache.head_dim; ++k)
-    for (int64_t t = 0; t < kTile; t += 64 / static_cast<int64_t>(sizeof(T)))
-      __builtin_prefetch(keys + k * live.cache.block_size + t);
+GKV_INLINE Ahead tile_ahead(const LiveKeys& live, int64_t head, int64_t token) {
+  if (token >= live.tokens) return {};
+  return {reinterpret_cast<const char*>(tile_keys<T>(live, head, token)),
+          live.cache.block_size * static_cast<int64_t>(sizeof(T)),
+          (kTile * static_cast<int64_t>(sizeof(T)) + 63) / 64};
 }
 
 // As load_tile, with 0 for the tokens behind the last live one.
@@ -73,11 +79,13 @@ constexpr int kColumns = 2 * kLanes;
 // c[r][t] = sum over k of a[k][r] * b[k][t], for `Rows` rows and kColumns columns.
 template <int Rows>
 GKV_INLINE void micro_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                              int64_t depth, float* c, int64_t c_stride) {
+                              int64_t depth, float* c, int64_t c_stride, const char* ahead,
+                              int64_t ahead_stride) {
   Floats left[Rows], right[Rows];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) left[r] = right[r] = Floats{};
   for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(ahead + k * ahead_stride);
     const Floats b0 = load(b + k * b_stride), b1 = load(b + k * b_stride + kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
@@ -93,25 +101,29 @@ GKV_INLINE void micro_product(const float* a, int64_t a_stride, const float* b, 
   }
 }
 
-template <int Rows>
-GKV_INLINE void row_products(int64_t rows, const float* a, int64_t a_stride, const float* b,
-                             int64_t b_stride, int64_t depth, float* c, int64_t c_stride) {
+template <int Rows, class... Arguments>
+GKV_INLINE void row_products(int64_t rows, Arguments... arguments) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
-      micro_product<Rows>(a, a_stride, b, b_stride, depth, c, c_stride);
+      micro_product<Rows>(arguments...);
     else
-      row_products<Rows - 1>(rows, a, a_stride, b, b_stride, depth, c, c_stride);
+      row_products<Rows - 1>(rows, arguments...);
   }
 }
 
 // c [rows, kTile] = a^T b: a is [depth, rows] (element (k, r) at a[k * a_stride + r]), b a tile.
 inline void tile_product(const float* a, int64_t a_stride, int64_t rows, Tile b, int64_t depth,
-                         float* c, int64_t c_stride) {
+                         float* c, int64_t c_stride, Ahead ahead = {}) {
   const int64_t passes = (rows + kRows - 1) / kRows, each = (rows + passes - 1) / passes;
+  int64_t line = 0;
   for (int64_t t = 0; t < kTile; t += kColumns)
-    for (int64_t r = 0; r < rows; r += each)
+    for (int64_t r = 0; r < rows; r += each, ++line) {
+      const bool asks = line < ahead.lines;  // otherwise for what is there already
       row_products<kRows>(std::min(each, rows - r), a + r, a_stride, b.data + t, b.stride, depth,
-                          c + r * c_stride + t, c_stride);
+                          c + r * c_stride + t, c_stride,
+                          asks ? ahead.first + 64 * line : reinterpret_cast<const char*>(a),
+                          asks ? ahead.row_bytes : 0);
+    }
 }
 
 // ---- rows of logits
@@ -126,8 +138,8 @@ void all_logits(const LiveKeys& live, int64_t head, const float* queries, int64_
   float* buffer = scratch<kTileB>(depth * kTile);
   for (int64_t token = 0; token < live.tokens; token += kTile) {
     const Tile tile = load_tile<T>(live, head, token, buffer);
-    prefetch_tile<T>(live, head, token + kTile);
-    tile_product(queries, rows, rows, tile, depth, logits + token, width);
+    tile_product(queries, rows, rows, tile, depth, logits + token, width,
+                 tile_ahead<T>(live, head, token + kTile));
   }
 }
 
