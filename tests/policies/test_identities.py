@@ -16,6 +16,7 @@ from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.policies.base import Policy
 from gkv_vllm.policies.gkv import GKV
 from gkv_vllm.policies.h2o import H2O
+from gkv_vllm.policies.knorm import KNorm
 from gkv_vllm.policies.rkv import RKV
 from gkv_vllm.policies.snapkv import SnapKV
 from gkv_vllm.policies.view import View
@@ -152,6 +153,16 @@ class NoRedundancy(ReferenceOps):
 def test_redundancy_without_weight_is_not_computed(policy: Policy) -> None:
     view, found = at_eviction(policy, MODELS["gqa4"], event=1)
     assert torch.equal(policy.score(replace(view, ops=NoRedundancy())), found)
+
+
+@pytest.mark.parametrize("heads", [1, 5, 15])
+def test_layers_and_heads_agree_on_the_mean_unless_a_policy_says_otherwise(heads: int) -> None:
+    numbers = torch.randn(3, heads, 63, generator=torch.Generator().manual_seed(0))
+    expected = sum(numbers.unbind(1)) / heads
+    # One rounding per addend.
+    atol = EPS * heads * float(numbers.abs().max())
+    for policy in (Policy(), KNorm(), H2O()):
+        torch.testing.assert_close(policy.combine(numbers), expected, rtol=0, atol=atol)
 
 
 @granularities
