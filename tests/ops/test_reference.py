@@ -281,11 +281,17 @@ def test_of_duplicates_the_newest_is_excused() -> None:
     torch.testing.assert_close(found, torch.tensor([2.0, 0, 1, 0, 0, 0]), rtol=0, atol=6 * COSINE)
 
 
+def test_keys_at_the_threshold_are_no_duplicates() -> None:
+    """Their cosine is 0.5 exactly: it counts in both columns, or in neither."""
+    keys = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]])
+    assert ops.redundancy(keys, 0.5).tolist() == [0.25, 0.25]
+    assert ops.redundancy(keys, 0.49).tolist() == [0.0, 0.0]
+
+
 def test_a_column_without_duplicates_loses_nothing() -> None:
-    """Cosines of 0.5 and below all count, those of the first key and row included."""
+    """The first key included, which an index of "no row" might hit."""
     keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 1e-3]])
-    found = ops.redundancy(keys, 0.5)
-    assert found[0].item() == pytest.approx(-1 / 3, abs=1e-5)
+    assert ops.redundancy(keys, 0.5)[0].item() == pytest.approx(-1 / 3, abs=1e-5)
 
 
 def test_redundancy_does_not_depend_on_the_length_of_keys() -> None:
