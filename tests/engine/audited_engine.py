@@ -219,6 +219,11 @@ class Engine:
             for manager in self.managers
         ]
 
+    def cached_ids(self, group: int) -> list[int]:
+        """The blocks that can be found in the prefix cache for one KV cache group."""
+        hashes = {block.block_id: block.block_hash for block in self.pool.blocks}
+        return [id_ for id_, key in hashes.items() if key and get_group_id(key) == group]
+
     def audit(self) -> None:
         """What must hold between any two calls into the scheduler."""
         self._audit_blocks()

@@ -161,6 +161,15 @@ def test_freed_cached_block_can_be_hit_again(cache: Cache) -> None:
     assert 0 not in cache.table("b")
 
 
+def test_cached_blocks_are_reused_from_the_tail_on(cache: Cache) -> None:
+    # A cached block is of use only behind its predecessors.
+    cache.start("a")
+    first, second, third = cache.table("a")
+    cache.evict("a", 0, 1, 2)
+    free = [block.block_id for block in cache.pool.free_block_queue.get_all_free_blocks()]
+    assert free[-3:] == [third, second, first]
+
+
 def test_request_with_holes_grows_at_its_end(cache: Cache) -> None:
     cache.start("a")
     cache.decode("a", 8)

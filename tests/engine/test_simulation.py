@@ -370,6 +370,30 @@ def test_siblings_keep_their_shared_blocks_when_one_evicts(
     assert bool(engine.fresh) == moves_shared
 
 
+@pytest.mark.parametrize("shared_table", [0, 1])
+def test_block_shared_in_one_table_is_replaced_in_all(
+    make_engine: MakeEngine, shared_table: int
+) -> None:
+    engine = make_engine(
+        chunk=64, protect="none", granularity="token", layer_groups=(0, 0), pool=64
+    )
+    prompt = prompt_of(0, 20)
+    assert engine.add("first", prompt, 1, {"kv_policy": "none"})
+    engine.step()
+    # Of the first request the cache keeps one table, so the second computes the prompt again.
+    engine.scheduler.kv_cache_manager.evict_blocks(set(engine.cached_ids(shared_table)))
+    assert engine.add("second", prompt, 60, {"kv_policy": "none"})
+    engine.step()
+    assert engine.add("r", prompt, 60, {})
+    engine.step()
+    private = [manager.private("r", range(4)) for manager in engine.managers]
+    assert private[shared_table] == [False] * 4
+    assert private[1 - shared_table] == [True] * 4
+    engine.finish()
+    assert engine.fresh > 0
+    assert engine.kept["r"]
+
+
 @schedulers
 def test_request_that_finds_no_block_for_its_survivors_waits_for_one(
     make_engine: MakeEngine, asynchronous: bool
