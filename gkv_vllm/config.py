@@ -89,11 +89,11 @@ class KVPolicyConfig:
         least=1,
     )
     granularity: str = _setting(
-        "block",
-        "what is evicted: whole blocks (block), or tokens, whose survivors are moved together "
-        "(token)",
+        "token",
+        "what is evicted: tokens, whose survivors are moved together (token), or whole blocks, "
+        "which nothing moves (block)",
         kind=str,
-        choices=("block", "token"),
+        choices=("token", "block"),
     )
     scope: str = _setting(
         "head",

@@ -186,7 +186,7 @@ def _toy() -> tuple[Any, Any]:
     from gkv_vllm.engine.planner import EvictionPlanner
     from gkv_vllm.policies.base import Needs
 
-    config = KVPolicyConfig(policy="toy", budget=16, interval=8, window=4)
+    config = KVPolicyConfig(policy="toy", granularity="block", budget=16, interval=8, window=4)
     return EvictionPlanner(config, Needs(), block_size=4, num_slots=1), config
 
 

@@ -116,8 +116,8 @@ def test_none_leaves_an_optional_setting_to_its_default(key):
 @pytest.mark.parametrize(
     ("key", "value", "valid"),
     [
-        ("granularity", "page", "block, token"),
-        ("granularity", 1, "block, token"),
+        ("granularity", "page", "token, block"),
+        ("granularity", 1, "token, block"),
         ("scope", "heads", "head, layer, all"),
         ("layer_split", "even", "contiguous, interleaved"),
         ("impl", "cuda", "auto, reference, cpu"),

@@ -36,9 +36,11 @@ ENGINE_1 = {"model_name": "tiny", "engine": "1"}
 def busy_stats() -> EvictionStats:
     """Two evictions that leave 1,824 tokens, a slow one that leaves 63, and three skips."""
     stats = EvictionStats()
-    stats.record_eviction(blocks_freed=4, tokens_evicted=128, live_tokens=1824, seconds=532e-6)
-    stats.record_eviction(blocks_freed=5, tokens_evicted=160, live_tokens=1824, seconds=532e-6)
-    stats.record_eviction(blocks_freed=1, tokens_evicted=32, live_tokens=63, seconds=0.0123)
+    stats.record_eviction(blocks_freed=4, tokens_evicted=128, live_tokens=1824)
+    stats.record_eviction(blocks_freed=5, tokens_evicted=160, live_tokens=1824)
+    stats.record_eviction(blocks_freed=1, tokens_evicted=32, live_tokens=63)
+    for seconds in (532e-6, 532e-6, 0.0123):
+        stats.record_seconds(seconds)
     stats.skip("no_slot")
     stats.skip("no_slot")
     stats.skip("stale")
@@ -115,7 +117,8 @@ def test_totals_survive_drain_and_log_line():
     stats = busy_stats()
     stats.drain()
     stats.log_line()
-    stats.record_eviction(blocks_freed=1, tokens_evicted=32, live_tokens=63, seconds=0.0)
+    stats.record_eviction(blocks_freed=1, tokens_evicted=32, live_tokens=63)
+    stats.record_seconds(0.0)
     assert (stats.evictions, stats.blocks_freed, stats.tokens_evicted) == (4, 11, 352)
     assert stats.skipped == {"no_slot": 2, "stale": 1}
     assert stats.live_tokens == {1824: 2, 63: 2}
@@ -212,8 +215,9 @@ def test_exposition_has_the_promised_names(installable):
     for line in (
         'gkv:evictions_total{engine="0",model_name="tiny"} 0.0',
         'gkv:skipped_total{engine="0",model_name="tiny",reason="no_slot"} 0.0',
-        'gkv:policy_info{budget="256",engine="0",granularity="block",interval="64",'
-        'model_name="tiny",policy="gkv",protect="prompt",trigger="interval",window="16"} 1.0',
+        'gkv:policy_info{budget="256",engine="0",granularity="token",interval="64",'
+        'layer_groups="1",model_name="tiny",policy="gkv",protect="prompt",scope="head",'
+        'trigger="interval",window="16"} 1.0',
     ):
         assert line in text.splitlines()
 

@@ -28,10 +28,12 @@ def write_json(result: dict[str, Any], path: Path) -> None:
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """The JSON, and beside it the tables and the plot."""
+    """The JSON, and beside it the tables and the plot, if the main table is there."""
     from benchmarks.recall import plot
 
     write_json(result, path)
+    if not rows_of(result, "policies"):
+        return
     path.with_suffix(".md").write_text(tables(result))
     plot.draw(result, path.with_suffix(".png"))
 

@@ -24,7 +24,7 @@ from gkv_vllm.engine.footprint import blocks_for, bounded_blocks
 from gkv_vllm.engine.spec import GKVSpec, in_flight_tokens
 
 BLOCK, POOL = 4, 21
-POLICY = {"policy": "gkv", "budget": 16, "interval": 8, "window": 4}
+POLICY = {"policy": "gkv", "granularity": "block", "budget": 16, "interval": 8, "window": 4}
 PROMPT = list(range(100, 112))
 
 

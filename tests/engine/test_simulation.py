@@ -64,7 +64,14 @@ def make_engine(
         **policy: Any,
     ) -> Engine:
         """pool: usable blocks for each KV cache group."""
-        settings = {"policy": "gkv", "budget": 16, "interval": 8, "window": 4, **policy}
+        settings = {
+            "policy": "gkv",
+            "granularity": "block",
+            "budget": 16,
+            "interval": 8,
+            "window": 4,
+            **policy,
+        }
         settings["layer_groups"] = len(set(layer_groups))
         num_blocks = pool * len(layer_groups) + 1
         config = vllm_config(
