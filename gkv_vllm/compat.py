@@ -258,6 +258,11 @@ _WORKER = [
         ),
     ),
     Touch(
+        "vllm.v1.attention.selector:_cached_get_attn_backend",
+        "it remembers the stock backend of an engine that ran in this process before",
+        "register_backend clears it",
+    ),
+    Touch(
         f"{_CPU_ATTN}:CPUAttentionBackend",
         "we subclass it to skip holes",
         "vLLM builds live block tables",

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -48,5 +49,8 @@ GKVCPUAttentionBackend = wrap_backend(ReadableKeysBackend)
 
 
 def register() -> None:
-    """Make vLLM's CPU_ATTN resolve to the wrapped backend in this process. Idempotent."""
+    """Make vLLM's CPU_ATTN resolve to the wrapped backend in this process. Idempotent.
+
+    vLLM remembers its choices: an engine without a policy may have run here before."""
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.GKVCPUAttentionBackend")
+    selector._cached_get_attn_backend.cache_clear()

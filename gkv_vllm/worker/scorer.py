@@ -89,6 +89,8 @@ class Scorer:
 
         Must come before anything of this step is written into a block."""
         seen = order.selection
+        if not order.targets:  # window and tail fill the budget: every candidate goes
+            return
         place = self._locate(seen, table)
         scores, view = self._score(seen, place)
         if self.scope == "layer":

@@ -14,6 +14,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from gkv_vllm.attention import cpu as cpu_attention
+from gkv_vllm.attention.wrap import ObservedImpl
 from gkv_vllm.config import ConfigError, KVPolicyConfig
 from gkv_vllm.engine.footprint import blocks_for, slot_count
 from gkv_vllm.engine.plan import PLAN_ATTRIBUTE, REPORT_ATTRIBUTE, WorkerReport
@@ -142,6 +143,11 @@ class EvictionWorkerMixin(Worker):
         layers = []
         for name, (group, spec) in owners.items():
             impl, cache = self._layer(name).impl, self._layer(name).kv_cache
+            if not isinstance(impl, ObservedImpl):
+                raise ConfigError(
+                    f"attention layer {name} runs {type(impl).__name__}, which would read evicted "
+                    "blocks; serve this model without --kv-policy"
+                )
             if self._has_planes() and cache.data_ptr() not in planes:
                 # Layers of different KV cache groups may share a tensor: so do their planes.
                 planes[cache.data_ptr()] = torch.zeros(

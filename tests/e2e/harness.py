@@ -213,15 +213,18 @@ def run_elsewhere(
     *,
     kv_policy: dict[str, Any] | None = None,
     plugin: bool = True,
+    stock_first: bool = False,
 ) -> dict[str, Any]:
     """The requests through an engine in a process of its own: `outputs`, `evictions`, `free`.
 
-    Without `plugin` vLLM does not even load us."""
+    Without `plugin` vLLM does not even load us. With `stock_first` an engine without a policy runs
+    and ends in that process before."""
     job = {
         "model": str(model),
         "num_blocks": num_blocks,
         "requests": requests,
         "kv_policy": kv_policy,
+        "stock_first": stock_first,
     }
     result = subprocess.run(
         [sys.executable, __file__],
@@ -237,6 +240,10 @@ def run_elsewhere(
 
 def main() -> None:
     job = json.load(sys.stdin)
+    if job["stock_first"]:
+        stock = InProcessEngine(Path(job["model"]), num_blocks=job["num_blocks"], kv_policy=None)
+        stock.run(job["requests"][:1])
+        stock.close()
     engine = InProcessEngine(
         Path(job["model"]), num_blocks=job["num_blocks"], kv_policy=job["kv_policy"]
     )

@@ -21,6 +21,20 @@ def test_the_plugin_without_a_policy_changes_no_bit(demo_model: Path) -> None:
     assert with_plugin == run_elsewhere(demo_model, requests, 100, plugin=False)
 
 
+def test_an_engine_without_a_policy_before_it_in_the_process_changes_nothing(
+    demo_model: Path,
+) -> None:
+    """vLLM remembers the attention backend that it chose for the first one."""
+    requests = [request(prompt(i, 30 + 40 * i), 250, kv_budget=96) for i in range(3)]
+    policy = {**POLICY, "policy": "snapkv"}  # scores by queries alone, which the hook has to see
+    fresh, after_stock = (
+        run_elsewhere(demo_model, requests, 100, kv_policy=policy, stock_first=first)
+        for first in (False, True)
+    )
+    assert fresh["evictions"] > 5
+    assert after_stock == fresh
+
+
 @pytest.fixture(scope="module")
 def hybrid_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Gemma 3 of four layers, every other one with a sliding window of 64 tokens."""

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -179,6 +181,16 @@ def test_the_best_tokens_stand_in_the_targets_in_order(
         if scope != "head":
             sets = [places(keys[h], world.keys[i][h]) for h in range(shape.kv_heads)]
             assert all(torch.equal(sets[0], other) for other in sets)
+
+
+@pytest.mark.parametrize("policy", [GKV(), KNorm()], ids=["gkv", "knorm"])
+def test_where_nothing_survives_nothing_moves(policy: GKV | KNorm) -> None:
+    """A budget that window and tail fill by themselves leaves no block for candidates."""
+    world = World(replace(SHAPES["holes"], keep=0))
+    before = [cache.clone() for cache in world.caches]
+    world.scorer(policy, moves_tokens=True).compact(world.compaction(), world.table)
+    for cache, unchanged in zip(world.caches, before, strict=True):
+        assert torch.equal(cache.nan_to_num(), unchanged.nan_to_num())
 
 
 @shapes
