@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""The messages between scheduler and worker; plain data that pickles, no behaviour."""
+"""The messages between scheduler and worker; plain data that pickles."""
 
 from __future__ import annotations
 
@@ -93,3 +93,13 @@ class WorkerReport:
     """Requests that were scored in this step, or scored and compacted."""
     seconds: float
     """Time that this took."""
+
+    def after(self, earlier: WorkerReport | None) -> WorkerReport:
+        """Both together; a step that samples nothing leaves its report to the next one."""
+        if earlier is None:
+            return self
+        return WorkerReport(
+            {**earlier.scores, **self.scores},
+            earlier.events + self.events,
+            earlier.seconds + self.seconds,
+        )

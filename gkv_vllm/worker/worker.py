@@ -222,7 +222,9 @@ class EvictionWorkerMixin(Worker):
         assert self.evictor is not None
         self.evictor.begin(getattr(scheduler_output, PLAN_ATTRIBUTE, None))
         output = super().execute_model(scheduler_output)
-        self._report = self.evictor.finish()
+        report = self.evictor.finish()
+        if report is not None:
+            self._report = report.after(self._report)
         return output
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from gkv_vllm.engine.plan import Compaction, Observation, Recording, Selection, StepPlan
+from gkv_vllm.engine.plan import (
+    Compaction,
+    Observation,
+    Recording,
+    Selection,
+    StepPlan,
+    WorkerReport,
+)
 from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.worker.evictor import Evictor
 from gkv_vllm.worker.mass import MassIndex
@@ -210,3 +217,11 @@ def test_a_dummy_batch_after_a_step_leaves_the_rings_alone(step: Step) -> None:
     before = step.ring.queries.clone()
     step.ring.store(torch.full((1, 1, 1), 99.0))  # one token, no plan, no `begin`
     assert torch.equal(step.ring.queries, before)
+
+
+def test_a_report_that_found_no_way_up_goes_with_the_next_one() -> None:
+    """A step with nothing to sample has no output of its own."""
+    first = WorkerReport({"a": (1, [[0.5]])}, events=2, seconds=0.25)
+    second = WorkerReport({"b": (2, [[0.75]])}, events=1, seconds=0.5)
+    assert second.after(None) == second
+    assert second.after(first) == WorkerReport({**first.scores, **second.scores}, 3, 0.75)
