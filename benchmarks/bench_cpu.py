@@ -60,6 +60,7 @@ class Settings:
     rounds: int
     eager: bool
     in_process: bool
+    idle: bool
 
     @property
     def environment(self) -> dict[str, str]:
@@ -98,6 +99,8 @@ class Settings:
 
     def cases(self) -> dict[str, tuple[int, tuple[str, ...]]]:
         """Name of each case: blocks in the pool, and the sides."""
+        if self.idle:
+            return {"ample": (self.ample_pool, (STOCK, NOT_DUE))}
         return {
             "memory-bound": (self.pool, (STOCK, *self.policies)),
             "ample": (self.ample_pool, (STOCK, *self.policies, NOT_DUE)),
@@ -353,7 +356,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Settings, Path]:
     parser.add_argument("--ample-pool", type=int, default=2400, help="blocks, ample case")
     parser.add_argument(
         "--policies",
-        default="gkv:block,gkv:token,rkv:token,random:token",
+        default="gkv:block,gkv:token,gkv:token/none,rkv:token,random:token",
         help="comma-separated POLICY[:GRANULARITY][/PROTECT]; default block and prompt",
     )
     parser.add_argument("--rounds", type=int, default=2)
@@ -365,10 +368,15 @@ def parse_args(argv: list[str] | None = None) -> tuple[Settings, Path]:
         action="store_true",
         help="engine core and worker in the process of the front end, on both sides",
     )
+    parser.add_argument(
+        "--idle",
+        action="store_true",
+        help="only what the plugin costs when nothing is due; writes idle.json",
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run: few tokens, one round")
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks/results/cpu")
     arguments = vars(parser.parse_args(argv))
-    arguments["policies"] = tuple(arguments["policies"].split(","))
+    arguments["policies"] = () if arguments["idle"] else tuple(arguments["policies"].split(","))
     out, quick = arguments.pop("out"), arguments.pop("quick")
     if quick:
         arguments |= {"requests": 8, "tokens": 400, "pool": 64, "ample_pool": 160, "budget": 96}
@@ -396,6 +404,10 @@ def main(argv: list[str] | None = None) -> int:
     numbers = document(settings, measured, facts)
     show(numbers)
     out.mkdir(parents=True, exist_ok=True)
+    if settings.idle:
+        (out / "idle.json").write_text(json.dumps(numbers, indent=1) + "\n")
+        print(f"Wrote idle.json to {out}")
+        return 0
     (out / "bench.json").write_text(json.dumps(numbers, indent=1) + "\n")
     draw(numbers, out / "kv_use.png")
     print(f"Wrote bench.json and kv_use.png to {out}")

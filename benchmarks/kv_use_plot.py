@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 # Okabe and Ito's palette; the lines also differ in width and have their names beside them.
 INK, STOCK_COLOUR, POOL_COLOUR = "#222222", "#D55E00", "#777777"
-POLICY_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00")
+POLICY_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def draw(numbers: dict[str, Any], path: Path) -> None:
@@ -27,7 +28,7 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
     policies = numbers["settings"]["policies"]
     cases = numbers["cases"]
     with pyplot.rc_context({"font.size": 10, "axes.edgecolor": POOL_COLOUR, "text.color": INK}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 5), layout="constrained")
         _panel(left, cases["ample"], policies, "blocks", "KV blocks in use")
         left.set_title(f"Ample pool ({cases['ample']['pool_blocks']:,} blocks)", loc="left")
         _panel(right, cases["memory-bound"], policies, "running", "requests running together")
@@ -39,7 +40,9 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
 
 def _panel(axes: Any, case: dict[str, Any], policies: list[str], what: str, label: str) -> None:
     sides = [("stock", STOCK_COLOUR, 1.5, "stock vLLM")]
-    sides += [(p, colour, 2.2, p) for p, colour in zip(policies, POLICY_COLOURS, strict=False)]
+    sides += [
+        (p, c, 1.8, p) for p, c in zip(policies, itertools.cycle(POLICY_COLOURS), strict=False)
+    ]
     for side, colour, width, name in sides:
         cells = case["sides"][side]
         lines = cells["series_of_first_round"]
@@ -51,7 +54,7 @@ def _panel(axes: Any, case: dict[str, Any], policies: list[str], what: str, labe
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="best")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
 
 
 def _title(numbers: dict[str, Any]) -> str:
