@@ -363,6 +363,15 @@ def test_the_config_carries_every_setting_and_the_callers_dict_stays(
         ({"policy": "gkv", "budget": 32}, "budget=32 fits in 1 block"),
         ({"policy": "gkv", "budget": 2048}, "take 68 blocks of 32 tokens, but the KV cache has 63"),
         ({"policy": "gkv", "buget": 2048}, "did you mean 'budget'"),
+        ({"policy": "gkv", "layer_groups": 2}, "layer_groups=2 is for block granularity"),
+        (
+            {"policy": "gkv", "budget": 128, "granularity": "block", "layer_groups": 5},
+            "layer_groups=5, but the model has 4 layers",
+        ),
+        (
+            {"policy": "gkv", "budget": 900, "granularity": "block", "layer_groups": 2},
+            "take 66 blocks of 32 tokens in 2 KV cache groups, but the KV cache has 63",
+        ),
         ({"budget": 128}, "no policy"),
     ],
     ids=str,
@@ -374,6 +383,22 @@ def test_bad_settings_from_python_raise_the_same_sentence(
         llm_config(demo_model, kv_policy)
     assert says in str(error.value)
     assert not any(map(compat.wrapped, ON_ACTIVATION))
+
+
+def test_layer_groups_need_the_hybrid_kv_cache_manager(demo_model, no_activation_left):
+    policy = {"policy": "gkv", "budget": 128, "granularity": "block", "layer_groups": 2}
+    with pytest.raises(PolicyRefused, match="remove --disable-hybrid-kv-cache-manager"):
+        llm_config(demo_model, policy, disable_hybrid_kv_cache_manager=True)
+
+
+def test_operators_that_are_not_there_are_refused_by_name(
+    demo_model, no_activation_left, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "gkv_vllm.ops.cpu", None)  # as if it could not be imported
+    policy = {"policy": "gkv", "budget": 128}
+    assert llm_config(demo_model, {**policy, "impl": "auto"})
+    with pytest.raises(PolicyRefused, match="impl=cpu, but the C\\+\\+ operators are not there"):
+        llm_config(demo_model, {**policy, "impl": "cpu"})
 
 
 def test_refusals_of_a_real_config_are_told_together(demo_model, no_activation_left):
