@@ -3,8 +3,8 @@
 """Builds the C++ operators for CPU; all metadata stands in pyproject.toml.
 
 They need torch's headers and a C++20 compiler. Without, the package installs all the same and runs
-the torch reference (`python -m gkv_vllm doctor` says so). One abi3 wheel serves every CPython from
-3.11 and, over torch's stable ABI, every torch from 2.11."""
+the torch reference (`python -m gkv_vllm doctor` says so). One abi3 wheel for every CPython from
+3.11, on torch's stable ABI as of 2.11 (run on 2.13)."""
 
 import sys
 from glob import glob
@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-TORCH_ABI = "0x020b000000000000"  # 2.11: the first with parallel_for in it that vLLM 0.32 runs on
+TORCH_ABI = "0x020b000000000000"  # 2.11: what vLLM 0.32 runs on at least
 PYTHON_ABI = "0x030b0000"
 
 

@@ -104,7 +104,7 @@ def test_a_missing_extension_is_an_error_only_where_it_was_asked_for(monkeypatch
 
 
 def test_compiled_operators_ask_for_stable_symbols_only():
-    """One file for every CPython from 3.11 and every torch from 2.11."""
+    """So that one file serves every CPython from 3.11, and torch keeps its promise from 2.11 on."""
     path = Path(pytest.importorskip("gkv_vllm.ops._cpu").__file__)
     assert path.name == "_cpu.abi3.so"
     symbols = subprocess.run(
