@@ -185,7 +185,9 @@ def test_the_log_states_the_bound_and_what_was_evicted(
         complete(client, 400, seed=3)
     log = server.log.read_text()
     assert "KV policy gkv: a decoding request holds at most" in log
-    assert "for query rings and score history" in log
+    # 4 layers x 16 queries of 8 heads of 32 numbers of 4 bytes; a number per layer and KV head.
+    assert "query rings and block history take 64.0 KiB per request" in log
+    assert "scores of tokens take 1.56 % of the KV cache, 32 bytes per token" in log
     assert "evictions" in log
     assert "KV fetch" not in log
 
