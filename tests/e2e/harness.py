@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ENGINE_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -186,6 +188,21 @@ class InProcessEngine:
             yield
         finally:
             del self.scheduler.schedule
+
+
+@contextmanager
+def in_process_engine(
+    model: Path, *, num_blocks: int, kv_policy: dict[str, Any]
+) -> Iterator[InProcessEngine]:
+    """An engine in this process, in the environment that it needs; both end with the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENGINE_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        engine = InProcessEngine(model, num_blocks=num_blocks, kv_policy=kv_policy)
+        try:
+            yield engine
+        finally:
+            engine.close()
 
 
 def moves_tokens(engine: InProcessEngine) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from .harness import BLOCK_SIZE, ENGINE_ENVIRONMENT, POLICY, InProcessEngine, prompt, request
+from .harness import BLOCK_SIZE, POLICY, InProcessEngine, in_process_engine, prompt, request
 
 pytestmark = pytest.mark.e2e
 
@@ -20,13 +20,9 @@ NUM_BLOCKS = 80
 
 @pytest.fixture(scope="module")
 def engine(demo_model: Path) -> Iterator[InProcessEngine]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENGINE_ENVIRONMENT.items():
-            patch.setenv(name, value)
-        policy = {**POLICY, "policy": "h2o", "granularity": "token"}
-        engine = InProcessEngine(demo_model, num_blocks=NUM_BLOCKS, kv_policy=policy)
+    policy = {**POLICY, "policy": "h2o", "granularity": "token"}
+    with in_process_engine(demo_model, num_blocks=NUM_BLOCKS, kv_policy=policy) as engine:
         yield engine
-        engine.close()
 
 
 @pytest.fixture(autouse=True)

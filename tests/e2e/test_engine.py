@@ -18,9 +18,9 @@ from gkv_vllm.engine.footprint import peak_blocks
 from .dense import dense_log_probabilities, run_and_follow
 from .harness import (
     BLOCK_SIZE,
-    ENGINE_ENVIRONMENT,
     POLICY,
     InProcessEngine,
+    in_process_engine,
     moves_tokens,
     prompt,
     request,
@@ -35,13 +35,9 @@ SMALL = {"kv_budget": 96}
 
 @pytest.fixture(scope="module", params=["block", "token"])
 def engine(demo_model: Path, request: pytest.FixtureRequest) -> Iterator[InProcessEngine]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENGINE_ENVIRONMENT.items():
-            patch.setenv(name, value)
-        policy = {**POLICY, "granularity": request.param}
-        engine = InProcessEngine(demo_model, num_blocks=NUM_BLOCKS, kv_policy=policy)
+    policy = {**POLICY, "granularity": request.param}
+    with in_process_engine(demo_model, num_blocks=NUM_BLOCKS, kv_policy=policy) as engine:
         yield engine
-        engine.close()
 
 
 @pytest.fixture(autouse=True)

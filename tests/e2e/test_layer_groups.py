@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from .dense import dense_log_probabilities, run_and_follow
-from .harness import ENGINE_ENVIRONMENT, POLICY, InProcessEngine, prompt, request, run_elsewhere
+from .harness import POLICY, InProcessEngine, in_process_engine, prompt, request, run_elsewhere
 
 pytestmark = pytest.mark.e2e
 
@@ -24,13 +24,9 @@ SMALL = {"kv_budget": 96}
 
 @pytest.fixture(scope="module")
 def engine(demo_model: Path) -> Iterator[InProcessEngine]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENGINE_ENVIRONMENT.items():
-            patch.setenv(name, value)
-        policy = {**POLICY, "granularity": "block", "layer_groups": 2, "layer_split": "interleaved"}
-        engine = InProcessEngine(demo_model, num_blocks=NUM_BLOCKS, kv_policy=policy)
+    policy = {**POLICY, "granularity": "block", "layer_groups": 2, "layer_split": "interleaved"}
+    with in_process_engine(demo_model, num_blocks=NUM_BLOCKS, kv_policy=policy) as engine:
         yield engine
-        engine.close()
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 
 from gkv_vllm.policies import registry
 
-from .harness import ENGINE_ENVIRONMENT, POLICY, InProcessEngine, prompt, request
+from .harness import POLICY, in_process_engine, prompt, request
 
 pytestmark = pytest.mark.e2e
 
@@ -29,24 +29,18 @@ OTHERS = [name for name in registry.built_in() if name not in ("gkv", "h2o")]
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_an_oversubscribed_engine_serves_all_and_repeats(
-    demo_model: Path, monkeypatch: pytest.MonkeyPatch, policy: str, settings: dict[str, object]
+    demo_model: Path, policy: str, settings: dict[str, object]
 ) -> None:
-    for name, value in ENGINE_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
     # 9 requests of 290 tokens want 90 blocks; the pool has 67.
     requests = [request(prompt(i, 40), 250, kv_budget=96, kv_protect="none") for i in range(8)]
     requests.append(request(prompt(8, 40), 250, kv_policy="none"))
-    engine = InProcessEngine(
-        demo_model, num_blocks=NUM_BLOCKS, kv_policy={**POLICY, "policy": policy, **settings}
-    )
-    try:
+    asked = {**POLICY, "policy": policy, **settings}
+    with in_process_engine(demo_model, num_blocks=NUM_BLOCKS, kv_policy=asked) as engine:
         first = engine.run(requests)
         evictions = engine.scheduler.planner.stats.evictions
         engine.forget_cache()
         again = engine.run(requests)
         free = engine.pool.get_num_free_blocks()
-    finally:
-        engine.close()
     assert [len(output["token_ids"]) for output in first] == [250] * 9
     assert evictions >= 8 * 4
     assert [output["token_ids"] for output in again] == [output["token_ids"] for output in first]
