@@ -85,9 +85,11 @@ GKV_INLINE void exclude_diagonal(float* c) {
   for (int64_t t = 0; t < kTile; ++t) c[t * kTile + t] = -2.0f;  // below any threshold
 }
 
+// Among the live tokens [first, first + count): out [count], sums of each row times `share`.
 template <class T>
-void redundancy_task(const Redundancy& x, int64_t head, float* out) {
-  const int64_t depth = x.keys.cache.head_dim, count = x.keys.tokens - x.start;
+void redundancy_among(const Redundancy& x, int64_t head, int64_t first, int64_t count, float share,
+                      float* out) {
+  const int64_t depth = x.keys.cache.head_dim;
   const int64_t tiles = (count + kTile - 1) / kTile;
   float* vectors = scratch<kVectors>(2 * tiles * kTile + depth * kLanes);
   float *inverse = vectors, *lost = vectors + tiles * kTile, *total = lost + tiles * kTile;
@@ -96,7 +98,7 @@ void redundancy_task(const Redundancy& x, int64_t head, float* out) {
   std::fill_n(lost, tiles * kTile + depth * kLanes, 0.0f);
 
   for (int64_t i = 0; i < tiles; ++i) {
-    const Tile tile = load_clean_tile<T>(x.keys, head, x.start + i * kTile, a);
+    const Tile tile = load_clean_tile<T>(x.keys, head, first + i * kTile, a);
     inverse_norms(tile, depth, inverse + i * kTile);
     for (int64_t k = 0; k < depth; ++k) {
       Floats part = load(total + k * kLanes);
@@ -119,8 +121,8 @@ void redundancy_task(const Redundancy& x, int64_t head, float* out) {
         if (j < oldest) break;
       }
       if (!columns[i].searching && !columns[j].searching) continue;
-      if (!newer.data) newer = load_clean_tile<T>(x.keys, head, x.start + i * kTile, a);
-      const Tile older = i == j ? newer : load_clean_tile<T>(x.keys, head, x.start + j * kTile, b);
+      if (!newer.data) newer = load_clean_tile<T>(x.keys, head, first + i * kTile, a);
+      const Tile older = i == j ? newer : load_clean_tile<T>(x.keys, head, first + j * kTile, b);
       tile_product(newer.data, newer.stride, kTile, older, depth, c, kTile);
       if (!to_cosines(c, inverse + i * kTile, inverse + j * kTile, x.threshold)) continue;
       if (i == j) exclude_diagonal(c);
@@ -129,9 +131,8 @@ void redundancy_task(const Redundancy& x, int64_t head, float* out) {
     }
   }
 
-  const float share = 1.0f / static_cast<float>(count);
   for (int64_t i = 0; i < tiles; ++i) {
-    const Tile tile = load_clean_tile<T>(x.keys, head, x.start + i * kTile, a);
+    const Tile tile = load_clean_tile<T>(x.keys, head, first + i * kTile, a);
     Floats along[kVectorsPerTile] = {}, self[kVectorsPerTile] = {};
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t v = 0; v < kVectorsPerTile; ++v) {
@@ -149,67 +150,16 @@ void redundancy_task(const Redundancy& x, int64_t head, float* out) {
   }
 }
 
-// Every block for itself: all pairs of its tiles, each once.
-template <class T>
-void redundancy_in_block_task(const Redundancy& x, int64_t head, float* out) {
-  const int64_t depth = x.keys.cache.head_dim, block_size = x.keys.cache.block_size;
-  float *a = scratch<kTileA>(depth * kTile), *b = scratch<kTileB>(depth * kTile);
-  float* c = scratch<kProduct>(kTile * kTile);
-  const int64_t tiles = block_size / kTile;
-  float* inverse = scratch<kVectors>(2 * block_size);
-  float* sums = inverse + block_size;
-  const float share = 1.0f / static_cast<float>(block_size);
-  for (int64_t first = x.start; first < x.keys.tokens; first += block_size) {
-    const int64_t count = std::min(block_size, x.keys.tokens - first);
-    const int64_t used = (count + kTile - 1) / kTile;
-    std::vector<Columns> columns(tiles, all_of(kTile));
-    columns[used - 1] = all_of(count - (used - 1) * kTile);
-    std::fill_n(sums, block_size, 0.0f);
-    for (int64_t i = used - 1; i >= 0; --i) {
-      const Tile tile = load_clean_tile<T>(x.keys, head, first + i * kTile, a);
-      inverse_norms(tile, depth, inverse + i * kTile);
-    }
-    for (int64_t i = used - 1; i >= 0; --i) {
-      const int64_t rows = std::min(kTile, count - i * kTile);
-      const Tile newer = load_clean_tile<T>(x.keys, head, first + i * kTile, a);
-      for (int64_t j = i; j >= 0; --j) {
-        const Tile older = i == j ? newer : load_clean_tile<T>(x.keys, head, first + j * kTile, b);
-        tile_product(newer.data, newer.stride, kTile, older, depth, c, kTile);
-        to_cosines(c, inverse + i * kTile, inverse + j * kTile, x.threshold);
-        if (i == j)
-          for (int64_t t = 0; t < kTile; ++t) c[t * kTile + t] = 0.0f;
-        for (int64_t r = 0; r < rows; ++r) {
-          Floats row{};
-          for (int64_t t = 0; t < kTile; t += kLanes) {
-            const Floats cosine = load(c + r * kTile + t);
-            row += cosine;
-            if (i != j) store(sums + j * kTile + t, load(sums + j * kTile + t) + cosine);
-          }
-          sums[i * kTile + r] += sum(row);
-        }
-        if (i == j) exclude_diagonal(c);
-        float lost[2][kTile] = {};
-        search_columns(c, rows, x.threshold, columns[j], lost[0]);
-        if (i != j) search_rows(c, rows, x.threshold, columns[i], lost[1]);
-        for (int64_t t = 0; t < kTile; ++t) {
-          sums[i * kTile + t] -= lost[0][t];
-          sums[j * kTile + t] -= lost[1][t];
-        }
-      }
-    }
-    for (int64_t t = 0; t < count; ++t) out[first - x.start + t] = sums[t] * share;
-  }
-}
-
 template <class T>
 void redundancy(const Redundancy& x, int64_t begin, int64_t end) {
-  for (int64_t head = begin; head < end; ++head) {
-    float* out = x.out + head * (x.keys.tokens - x.start);
-    if (x.within_blocks)
-      redundancy_in_block_task<T>(x, head, out);
-    else
-      redundancy_task<T>(x, head, out);
-  }
+  const int64_t all = x.keys.tokens - x.start;
+  // A block that is not full is divided by the block size all the same.
+  const int64_t step = x.within_blocks ? x.keys.cache.block_size : all;
+  const float share = 1.0f / static_cast<float>(step);
+  for (int64_t head = begin; head < end; ++head)
+    for (int64_t done = 0; done < all; done += step)
+      redundancy_among<T>(x, head, x.start + done, std::min(step, all - done), share,
+                          x.out + head * all + done);
 }
 
 template <class T>
