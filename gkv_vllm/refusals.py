@@ -34,6 +34,7 @@ _WORKS = (
     "chunked prefill",
     "preemption",
     "asynchronous scheduling",
+    "Model Runner V2 and V1",
     "sliding-window layers beside full-attention layers (left as they are)",
 )
 
@@ -135,12 +136,6 @@ REFUSALS: list[Refusal] = [
         "the device {found!r} yet",
         "use vLLM's CPU build",
         found=lambda config: config.device_config.device_type,
-    ),
-    Refusal(
-        "Model Runner V2",
-        lambda config: config.use_v2_model_runner,
-        "Model Runner V2 yet",
-        "set VLLM_USE_V2_MODEL_RUNNER=0",
     ),
     Refusal(
         "tensor parallelism",

@@ -67,7 +67,6 @@ def spoil(config, path, value):
 # path, value, the refusal's name, what the sentence must hold
 SPOILT = [
     ("device_config.device_type", "cuda", "devices other than the CPU", "'cuda'"),
-    ("use_v2_model_runner", True, "Model Runner V2", "VLLM_USE_V2_MODEL_RUNNER=0"),
     ("parallel_config.tensor_parallel_size", 2, "tensor parallelism", "of 2"),
     ("parallel_config.pipeline_parallel_size", 4, "pipeline parallelism", "of 4"),
     ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism", "of 2"),

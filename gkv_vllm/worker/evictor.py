@@ -13,7 +13,7 @@ from gkv_vllm.engine.plan import StepPlan, WorkerReport
 from gkv_vllm.ops.live_table import NULL_BLOCK
 from gkv_vllm.worker.mass import MassIndex
 from gkv_vllm.worker.rings import RingIndex
-from gkv_vllm.worker.runner_v1 import RunnerAdapter
+from gkv_vllm.worker.runner import RunnerAdapter
 from gkv_vllm.worker.scorer import BlockTable, Scorer
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Evictor:
         if self.plan is None:
             return
         if self.plan.record and self.ring_index is not None and not self.ring_index.filled:
-            rows, starts = self.runner.batch(), metadata.query_start_loc_cpu.tolist()
+            rows, starts = self.runner.batch(metadata), metadata.query_start_loc_cpu.tolist()
             self.ring_index.fill(
                 [
                     (recording, starts[rows[request_id]], starts[rows[request_id] + 1])
@@ -75,7 +75,7 @@ class Evictor:
                 ]
             )
         if self.plan.accumulate and self.mass_index is not None:
-            rows = self.runner.batch()
+            rows = self.runner.batch(metadata)
             self.mass_index.fill(
                 group,
                 live.block_table_tensor,
@@ -100,7 +100,7 @@ class Evictor:
         return report
 
     def _table(self, request_id: str) -> BlockTable:
-        return partial(self.runner.block_ids, request_id)
+        return partial(self.runner.row, request_id)
 
     def _timed(self, work: Callable[[], T]) -> T:
         started = time.perf_counter()

@@ -4,23 +4,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+import torch
 
-class RunnerAdapter(Protocol):
-    """What eviction needs from a model runner; `set_blocks` comes before inputs are built."""
-
-    def set_blocks(self, request_id: str, group: int, blocks: list[int], ids: list[int]) -> None:
-        """Write these ids at these logical blocks of a request's table, wherever it is kept.
-
-        group: the KV cache group. A request that the runner does not know is left alone."""
-
-    def block_ids(self, request_id: str, group: int) -> list[int]:
-        """The request's table in one KV cache group, in logical order, 0 where it has a hole."""
-
-    def batch(self) -> dict[str, int]:
-        """Request id to row of the step whose inputs are built."""
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
 class V1Runner:
@@ -41,16 +31,9 @@ class V1Runner:
         if row is not None:
             self.runner.input_batch.block_table[group].block_table.np[row, blocks] = ids
 
-    def block_ids(self, request_id: str, group: int) -> list[int]:
-        return self.runner.requests[request_id].block_ids[group]
+    def row(self, request_id: str, group: int) -> Tensor:
+        ids = torch.tensor(self.runner.requests[request_id].block_ids[group])
+        return ids.to(self.runner.device, non_blocking=True)
 
-    def batch(self) -> dict[str, int]:
+    def batch(self, metadata: CommonAttentionMetadata) -> dict[str, int]:
         return self.runner.input_batch.req_id_to_index
-
-    def watch(self, evictor: Any, groups: list[int]) -> None:
-        """Tell the evictor about each batch of these KV cache groups; squeeze with its ops."""
-        for group in groups:
-            for attention_group in self.runner.attn_groups[group]:
-                for builder in attention_group.metadata_builders:
-                    builder.observe = partial(evictor.begin_forward, group)
-                    builder.squeeze = evictor.scorer.ops.squeeze_live_table

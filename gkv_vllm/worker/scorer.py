@@ -13,12 +13,13 @@ from torch import Tensor
 from gkv_vllm.engine.footprint import blocks_for
 from gkv_vllm.engine.plan import Compaction, Selection
 from gkv_vllm.ops.paged import PagedOps
+from gkv_vllm.ops.upload import upload
 from gkv_vllm.policies.base import Policy
 from gkv_vllm.policies.view import LayerCache, View
 from gkv_vllm.worker.layers import EvictedLayer
 
-BlockTable = Callable[[int], Sequence[int]]
-"""A request's block table by KV cache group, in logical order, 0 where it has a hole."""
+BlockTable = Callable[[int], Tensor]
+"""A request's block table by KV cache group, as `RunnerAdapter.row` gives it."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,12 @@ class Scorer:
         keep = self.ops.topk_keep(scores, view.keep).expand(len(self.layers), -1, -1)
         targets = {}
         for group in place.live:
-            ids, fresh = table(group), order.fresh.get(group, {})
-            targets[group] = torch.tensor([fresh.get(b, ids[b]) for b in order.targets])
+            ids = table(group)[self._upload(order.targets)].long()
+            fresh = order.fresh.get(group, {})
+            if fresh:
+                new = [i for i, block in enumerate(order.targets) if block in fresh]
+                ids[self._upload(new)] = self._upload([fresh[order.targets[i]] for i in new])
+            targets[group] = ids
         for layer, kept in zip(self.layers, keep, strict=True):
             self.ops.compact(
                 layer.kv_cache,
@@ -113,6 +118,9 @@ class Scorer:
 
     # ---- both
 
+    def _upload(self, values: Sequence[int]) -> Tensor:
+        return upload(values, self.layers[0].kv_cache.device)
+
     def _locate(self, seen: Selection, table: BlockTable) -> Place:
         used = blocks_for(seen.num_tokens, self.block_size)
         recent = range((seen.num_tokens - self.window) // self.block_size, used)
@@ -120,10 +128,11 @@ class Scorer:
         for layer in self.layers:
             if layer.kv_group in place.live:
                 continue
-            ids, candidates = table(layer.kv_group), seen.candidates[layer.layer_group]
-            live = [*range(seen.protected), *candidates, *recent]
-            place.live[layer.kv_group] = torch.tensor([ids[block] for block in live])
-            place.candidates[layer.kv_group] = torch.tensor([ids[block] for block in candidates])
+            candidates = seen.candidates[layer.layer_group]
+            live = self._upload([*range(seen.protected), *candidates, *recent])
+            ids = table(layer.kv_group)[live].long()
+            place.live[layer.kv_group] = ids
+            place.candidates[layer.kv_group] = ids[seen.protected :][: len(candidates)]
         return place
 
     def _score(self, seen: Selection, place: Place) -> tuple[Tensor, View]:

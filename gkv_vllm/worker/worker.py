@@ -25,7 +25,9 @@ from gkv_vllm.worker.evictor import Evictor
 from gkv_vllm.worker.layers import EvictedLayer
 from gkv_vllm.worker.mass import MassIndex
 from gkv_vllm.worker.rings import QueryRing, RingIndex
+from gkv_vllm.worker.runner import watch_builders
 from gkv_vllm.worker.runner_v1 import V1Runner
+from gkv_vllm.worker.runner_v2 import V2Runner
 from gkv_vllm.worker.scorer import Scorer, history_bytes, plane_bytes, ring_bytes
 
 if TYPE_CHECKING:
@@ -185,11 +187,11 @@ class EvictionWorkerMixin(Worker):
             slots=slots,
             max_blocks=blocks_for(self.model_config.max_model_len, block_size),
         )
-        runner = V1Runner(self.model_runner)
+        runner = (V2Runner if self.use_v2_model_runner else V1Runner)(self.model_runner)
         evictor = Evictor(
             runner, scorer, layer_group_of, ring_index=ring_index, mass_index=mass_index
         )
-        runner.watch(evictor, list(layer_group_of))
+        watch_builders(self.model_runner, evictor, list(layer_group_of))
         return evictor
 
     def _evicted_layers(self, kv_cache_config: KVCacheConfig) -> dict[str, tuple[int, GKVSpec]]:
@@ -231,13 +233,7 @@ class EvictionWorkerMixin(Worker):
         output = super().sample_tokens(grammar_output)
         report, self._report = self._report, None
         if report is not None:
-            # An asynchronous output is a promise; what it will return exists already.
-            target = (
-                output._model_runner_output
-                if isinstance(output, AsyncModelRunnerOutput)
-                else output
-            )
-            setattr(target, REPORT_ATTRIBUTE, report)
+            setattr(_returned(output), REPORT_ATTRIBUTE, report)
         return output
 
 
@@ -247,6 +243,13 @@ class GKVCPUWorker(EvictionWorkerMixin, CPUWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         cpu_attention.register()
         super().__init__(*args, **kwargs)
+
+
+def _returned(output: Any) -> Any:
+    """What the scheduler will get: an asynchronous output is a promise of something that exists."""
+    if not isinstance(output, AsyncModelRunnerOutput):
+        return output
+    return getattr(output, "model_runner_output", None) or output._model_runner_output
 
 
 def _spec_of(group: Any, layer_name: str) -> KVCacheSpec:

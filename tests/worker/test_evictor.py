@@ -37,10 +37,10 @@ class Runner:
     def set_blocks(self, request_id: str, group: int, blocks: list[int], ids: list[int]) -> None:
         self.log.append(("set", request_id, group, blocks, ids))
 
-    def block_ids(self, request_id: str, group: int) -> list[int]:
+    def row(self, request_id: str, group: int) -> list[int]:
         return [7, 0, 8]
 
-    def batch(self) -> dict[str, int]:
+    def batch(self, metadata: Any) -> dict[str, int]:
         return self.rows
 
 

@@ -51,7 +51,9 @@ def model_runner() -> SimpleNamespace:
     for request_id in ("ragged", "short"):
         batch.add_request(requests[request_id])
     batch.refresh_metadata()
-    return SimpleNamespace(requests=requests, input_batch=batch)
+    return SimpleNamespace(
+        requests=requests, input_batch=batch, device=torch.device("cpu")
+    )
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_dropped_blocks_are_null_in_the_row_and_in_the_state(
     model_runner: SimpleNamespace, adapter: V1Runner
 ) -> None:
     drop(adapter, "ragged", [1, 3])
-    assert adapter.block_ids("ragged", EVICTABLE) == [11, 0, 13, 0, 15]
+    assert adapter.row("ragged", EVICTABLE).tolist() == [11, 0, 13, 0, 15]
     assert row(model_runner, "ragged") == [11, 0, 13, 0, 15, 0, 0, 0]
 
 
@@ -81,7 +83,7 @@ def test_a_block_that_gave_way_to_a_fresh_one_is_replaced_in_both(
     model_runner: SimpleNamespace, adapter: V1Runner
 ) -> None:
     adapter.set_blocks("ragged", EVICTABLE, [0, 3], [41, 44])
-    assert adapter.block_ids("ragged", EVICTABLE) == [41, 12, 13, 44, 15]
+    assert adapter.row("ragged", EVICTABLE).tolist() == [41, 12, 13, 44, 15]
     assert row(model_runner, "ragged") == [41, 12, 13, 44, 15, 0, 0, 0]
 
 
@@ -89,7 +91,7 @@ def test_dropping_changes_no_other_request_group_or_length(
     model_runner: SimpleNamespace, adapter: V1Runner
 ) -> None:
     drop(adapter, "ragged", [0, 2])
-    assert adapter.block_ids("short", EVICTABLE) == [21]
+    assert adapter.row("short", EVICTABLE).tolist() == [21]
     assert row(model_runner, "short")[:1] == [21]
     assert row(model_runner, "ragged", OTHER)[:5] == [111, 112, 113, 114, 115]
     assert model_runner.requests["ragged"].block_ids[OTHER] == [111, 112, 113, 114, 115]
@@ -100,7 +102,7 @@ def test_each_group_loses_its_own_blocks(model_runner: SimpleNamespace, adapter:
     adapter.set_blocks("ragged", OTHER, [2], [0])
     assert row(model_runner, "ragged")[:5] == [11, 12, 13, 14, 15]
     assert row(model_runner, "ragged", OTHER)[:5] == [111, 112, 0, 114, 115]
-    assert adapter.block_ids("ragged", OTHER) == [111, 112, 0, 114, 115]
+    assert adapter.row("ragged", OTHER).tolist() == [111, 112, 0, 114, 115]
 
 
 def test_the_device_table_of_the_next_step_has_the_holes(
@@ -145,7 +147,7 @@ def test_a_request_outside_the_batch_keeps_its_holes_for_later(
 ) -> None:
     before = model_runner.input_batch.block_table[EVICTABLE].get_numpy_array().copy()
     drop(adapter, "waiting", [0, 1])
-    assert adapter.block_ids("waiting", EVICTABLE) == [0, 0, 33]
+    assert adapter.row("waiting", EVICTABLE).tolist() == [0, 0, 33]
     assert (model_runner.input_batch.block_table[EVICTABLE].get_numpy_array() == before).all()
     model_runner.input_batch.add_request(model_runner.requests["waiting"])
     assert row(model_runner, "waiting")[:3] == [0, 0, 33]
@@ -153,12 +155,12 @@ def test_a_request_outside_the_batch_keeps_its_holes_for_later(
 
 def test_a_request_that_has_gone_is_ignored(adapter: V1Runner) -> None:
     drop(adapter, "finished", [0, 1])
-    assert adapter.block_ids("ragged", EVICTABLE) == TABLES["ragged"]
+    assert adapter.row("ragged", EVICTABLE).tolist() == TABLES["ragged"]
 
 
 def test_the_batch_is_the_runners_own_order(
     model_runner: SimpleNamespace, adapter: V1Runner
 ) -> None:
-    assert adapter.batch() == {"ragged": 0, "short": 1}
+    assert adapter.batch(None) == {"ragged": 0, "short": 1}
     model_runner.input_batch.swap_states(0, 1)
-    assert adapter.batch() == {"ragged": 1, "short": 0}
+    assert adapter.batch(None) == {"ragged": 1, "short": 0}

@@ -182,5 +182,5 @@ class World:
         }
         return Compaction(self.selection(remembered=remembered), targets, moved if fresh else {})
 
-    def table(self, group: int) -> list[int]:
-        return self.tables[group]
+    def table(self, group: int) -> Tensor:
+        return torch.tensor(self.tables[group])
