@@ -96,7 +96,7 @@ def operators(data: Layers, lookalikes: Layers) -> dict[str, Call]:
         torch.tensor([0, 1], **ints),
         torch.tensor([0], **ints),
     )
-    source, target = torch.arange(16), torch.arange(16)
+    places = torch.arange(16, dtype=torch.int32)
     rings = [queries.transpose(0, 1).contiguous() for queries in data.queries]
 
     def local(form: str) -> Call:
@@ -127,7 +127,7 @@ def operators(data: Layers, lookalikes: Layers) -> dict[str, Call]:
         "topk_keep": lambda ops, i: ops.topk_keep(data.scores, data.keep.shape[1]),
         "block_max": lambda ops, i: ops.block_max(data.scores, shape.block_size),
         "store_window_queries": lambda ops, i: ops.store_window_queries(
-            rings[i], source, target, rings[i - 1]
+            rings[i], places, rings[i - 1]
         ),
         "squeeze_live_table, 32 rows": lambda ops, i: ops.squeeze_live_table(
             data.holes, data.lens, shape.block_size

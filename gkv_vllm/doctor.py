@@ -221,16 +221,18 @@ def _test_scores() -> str:
     import torch
 
     from gkv_vllm.ops import cpu_layout, paged
+    from gkv_vllm.ops.layers import LayerCaches
     from gkv_vllm.policies import registry
-    from gkv_vllm.policies.view import LayerCache, View
+    from gkv_vllm.policies.view import View
 
     queries, keys = torch.zeros(1, 2, 4, 8), torch.zeros(1, 84, 8)
     queries[..., 0] = keys[0, 45, 0] = 4.0  # one token is what every query asks for
     cache, blocks = torch.zeros(3, 1, 32, 16), torch.arange(3)
     cpu_layout.write_tokens(cache, blocks, keys, torch.zeros_like(keys))
+    ops = paged.resolve("auto")
     view = View(
-        ops=paged.resolve("auto"),
-        layers=[LayerCache(cache, blocks, None)],
+        ops=ops.bind(LayerCaches((cache,), ops.layout)),
+        block_ids=blocks[None],
         queries=queries,
         history=torch.zeros(1, 1, 48),
         scale=1.0,

@@ -281,29 +281,25 @@ void attention_mass(const Tensor& queries, const Tensor& kv_cache, const Tensor&
   for_tasks(requests * cache.kv_heads, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
 }
 
-void store_window_queries(const Tensor& queries, const Tensor& source, const Tensor& target,
-                          const Tensor& ring) {
+void store_window_queries(const Tensor& queries, const Tensor& places, const Tensor& ring) {
   const char* op = "store_window_queries";
-  const int64_t width = ring.size(1) * ring.size(2), count = source.size(0);
+  const int64_t width = ring.size(1) * ring.size(2), count = queries.size(0);
   STD_TORCH_CHECK(queries.dim() == 3 && ring.dim() == 3 && ring.is_contiguous() &&
                       queries.scalar_type() == ring.scalar_type() &&
                       queries.size(1) == ring.size(1) && queries.size(2) == ring.size(2) &&
                       queries.stride(2) == 1 && queries.stride(1) == queries.size(2),
                   op, ": queries and ring must both be [tokens, query_heads, head_dim]");
-  check_dense(source, ScalarType::Long, 1, op, "source [tokens] int64");
-  check_dense(target, ScalarType::Long, 1, op, "target [tokens] int64");
-  STD_TORCH_CHECK(target.size(0) == count, op, ": as many targets as sources");
+  check_dense(places, ScalarType::Int, 1, op, "places [tokens] int32");
+  STD_TORCH_CHECK(places.size(0) >= count, op, ": as many places as queries");
   const int64_t itemsize = dtype_of(ring, op, "ring") == kFloat32 ? 4 : 2;
   const auto* from = static_cast<const char*>(queries.data_ptr());
   auto* to = static_cast<char*>(ring.data_ptr());
-  const auto* sources = static_cast<const int64_t*>(source.data_ptr());
-  const auto* targets = static_cast<const int64_t*>(target.data_ptr());
+  const auto* place = static_cast<const int32_t*>(places.data_ptr());
   for (int64_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(sources[i] >= 0 && sources[i] < queries.size(0) && targets[i] >= 0 &&
-                        targets[i] < ring.size(0),
-                    op, ": place ", sources[i], " or ", targets[i], " is outside its tensor");
-    std::memcpy(to + targets[i] * width * itemsize,
-                from + sources[i] * queries.stride(0) * itemsize, width * itemsize);
+    if (place[i] < 0) continue;
+    STD_TORCH_CHECK(place[i] < ring.size(0), op, ": place ", place[i], " is outside the ring");
+    std::memcpy(to + place[i] * width * itemsize, from + i * queries.stride(0) * itemsize,
+                width * itemsize);
   }
 }
 

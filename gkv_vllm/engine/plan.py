@@ -87,8 +87,10 @@ class StepPlan:
 class WorkerReport:
     """What the worker did and found in one step."""
 
-    scores: dict[str, tuple[int, list[Sequence[float]]]]
-    """Per observed request: its epoch, and per layer group one score for each candidate."""
+    scores: dict[str, tuple[int, Sequence[Sequence[float]]]]
+    """Per observed request: its epoch, and per layer group one score for each candidate.
+
+    From a GPU they are NumPy arrays, whose numbers arrive together with the step's tokens."""
     events: int
     """Requests that were scored in this step, or scored and compacted."""
     seconds: float

@@ -158,7 +158,7 @@ class EvictionPlanner:
             if track is None or track.epoch != epoch or track.pending is None:
                 self.stats.skip("stale")
                 continue
-            track.scores = scores
+            track.scores = [list(map(float, of_group)) for of_group in scores]
             self._ready[request_id] = None
 
     def evictions(self) -> dict[str, tuple[list[int], ...]]:

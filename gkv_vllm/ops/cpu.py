@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from gkv_vllm.ops import schemas
+from gkv_vllm.ops.layers import EachLayer, LayerCaches, LayerOps
+from gkv_vllm.ops.layout import CPULayout, Layout
 from gkv_vllm.ops.live_table import LiveTable
 
 from gkv_vllm.ops import _cpu  # isort: skip  (after torch, whose libraries it needs)
@@ -19,6 +21,11 @@ assert schemas.library is not None
 
 class CPUOps:
     """Vectorised, with run-time dispatch on the instruction set, straight on the paged cache."""
+
+    layout: Layout = CPULayout()
+
+    def bind(self, caches: LayerCaches) -> LayerOps:
+        return EachLayer(self, caches)
 
     @property
     def name(self) -> str:
@@ -92,10 +99,8 @@ class CPUOps:
             softcap,
         )
 
-    def store_window_queries(
-        self, queries: Tensor, source: Tensor, target: Tensor, ring: Tensor
-    ) -> None:
-        torch.ops.gkv.store_window_queries(queries, source, target, ring)
+    def store_window_queries(self, queries: Tensor, places: Tensor, ring: Tensor) -> None:
+        torch.ops.gkv.store_window_queries(queries, places, ring)
 
     def squeeze_live_table(
         self, block_table: Tensor, seq_lens: Tensor, block_size: int

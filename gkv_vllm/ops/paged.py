@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""The operators over the paged KV cache: one interface, its torch reference, and who runs it.
+"""The operators over one layer's paged KV cache: interface, torch reference, and who runs them.
 
-`kv_cache` is one layer's cache in the layout of the platform (`ops/cpu_layout.py`), `block_ids`
-int64 ids of live blocks in logical order, `plane` [num_blocks, kv_heads, block_size] float32 one
-number per cached token. Scores are float32, whatever the cache holds."""
+`kv_cache` is one layer's cache in the layout of the platform (`ops/layout.py`), `block_ids` int64
+ids of live blocks in logical order, `plane` [num_blocks, kv_heads, block_size] float32 one number
+per cached token. Scores are float32, whatever the cache holds. `bind` gives the operators over all
+layers that scoring calls (`ops/layers.py`)."""
 
 from __future__ import annotations
 
@@ -13,17 +14,26 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gkv_vllm.ops import cpu_layout, reference
+from gkv_vllm.ops import layout as layouts
+from gkv_vllm.ops import reference
 from gkv_vllm.ops import topk as _topk
+from gkv_vllm.ops.layers import EachLayer, LayerCaches, LayerOps
+from gkv_vllm.ops.layout import CPULayout, Layout
 from gkv_vllm.ops.live_table import LiveTable, squeeze
 
 
 class PagedOps(Protocol):
     """What eviction computes on the device. Nothing is written except where it says so."""
 
+    layout: Layout
+    """Where keys and values lie."""
+
     @property
     def name(self) -> str:
         """Who computes: `reference`, or the device and its instruction set."""
+
+    def bind(self, caches: LayerCaches) -> LayerOps:
+        """The operators over all these layers."""
 
     def local_scores(
         self,
@@ -91,10 +101,11 @@ class PagedOps(Protocol):
         [requests], query_starts [requests + 1] and protected [requests], the leading tokens of a
         request that take no part in the sums (they do in the softmax), -1 to leave it alone."""
 
-    def store_window_queries(
-        self, queries: Tensor, source: Tensor, target: Tensor, ring: Tensor
-    ) -> None:
-        """ring[target] = queries[source], both [tokens, query_heads, head_dim]; int64 places."""
+    def store_window_queries(self, queries: Tensor, places: Tensor, ring: Tensor) -> None:
+        """ring[places[i]] = queries[i] for each token i that has a place, -1 saying it has none.
+
+        queries [tokens, query_heads, head_dim], ring [places, query_heads, head_dim]; places int32,
+        at least as many as tokens."""
 
     def squeeze_live_table(
         self, block_table: Tensor, seq_lens: Tensor, block_size: int
@@ -107,6 +118,15 @@ class ReferenceOps:
 
     name = "reference"
 
+    def __init__(self, layout: Layout | None = None) -> None:
+        self.layout: Layout = layout or CPULayout()
+
+    def bind(self, caches: LayerCaches) -> LayerOps:
+        return EachLayer(self, caches)
+
+    def _keys(self, kv_cache: Tensor, block_ids: Tensor) -> Tensor:
+        return layouts.gather(self.layout.keys(kv_cache), block_ids)
+
     def local_scores(
         self,
         queries: Tensor,
@@ -117,23 +137,23 @@ class ReferenceOps:
         softcap: float,
         form: str,
     ) -> Tensor:
-        keys = cpu_layout.gather_keys(kv_cache, block_ids)[:, :live_tokens]
+        keys = self._keys(kv_cache, block_ids)[:, :live_tokens]
         return reference.local_scores(queries, keys, scale, softcap, form)
 
     def redundancy(
         self, kv_cache: Tensor, block_ids: Tensor, start: int, live_tokens: int, threshold: float
     ) -> Tensor:
-        keys = cpu_layout.gather_keys(kv_cache, block_ids)[:, start:live_tokens]
+        keys = self._keys(kv_cache, block_ids)[:, start:live_tokens]
         return reference.redundancy(keys, threshold)
 
     def redundancy_in_block(
         self, kv_cache: Tensor, block_ids: Tensor, start: int, live_tokens: int, threshold: float
     ) -> Tensor:
-        keys = cpu_layout.gather_keys(kv_cache, block_ids)[:, start:live_tokens]
+        keys = self._keys(kv_cache, block_ids)[:, start:live_tokens]
         return reference.redundancy_in_block(keys, kv_cache.shape[2], threshold)
 
     def key_norms(self, kv_cache: Tensor, block_ids: Tensor, live_tokens: int) -> Tensor:
-        return cpu_layout.gather_keys(kv_cache, block_ids)[:, :live_tokens].float().norm(dim=-1)
+        return self._keys(kv_cache, block_ids)[:, :live_tokens].float().norm(dim=-1)
 
     def block_max(self, scores: Tensor, block_size: int) -> Tensor:
         return reference.block_max(scores, block_size)
@@ -150,12 +170,10 @@ class ReferenceOps:
         keep: Tensor,
     ) -> None:
         keep = keep.expand(kv_cache.shape[1], -1)
-        width = kv_cache.shape[3] // 2
-        survivors = [
-            gather(kv_cache, source_ids).gather(1, keep[..., None].expand(-1, -1, width))
-            for gather in (cpu_layout.gather_keys, cpu_layout.gather_values)
-        ]
-        cpu_layout.write_tokens(kv_cache, target_ids, *survivors)
+        places = keep[..., None].expand(-1, -1, kv_cache.shape[3] // 2)
+        for blocks in (self.layout.keys(kv_cache), self.layout.values(kv_cache)):
+            survivors = layouts.gather(blocks, source_ids).gather(1, places)
+            layouts.scatter(blocks, target_ids, survivors)
         if plane is not None:
             kept = plane[source_ids].transpose(0, 1).flatten(1).gather(1, keep)
             plane[target_ids] = kept.unflatten(1, (len(target_ids), -1)).transpose(0, 1)
@@ -178,7 +196,7 @@ class ReferenceOps:
             if first < 0:
                 continue
             blocks = live_table[row, : -(-tokens // block_size)].long()
-            keys = cpu_layout.gather_keys(kv_cache, blocks)[:, :tokens]
+            keys = self._keys(kv_cache, blocks)[:, :tokens]
             new = queries[starts[row] : starts[row + 1]].transpose(0, 1)
             mass = reference.attention_mass(new, keys, scale, softcap)
             old = plane[blocks].transpose(0, 1).flatten(1)
@@ -186,10 +204,9 @@ class ReferenceOps:
             old[:, first:tokens] += mass[:, first:]
             plane[blocks] = old.unflatten(1, (-1, block_size)).transpose(0, 1)
 
-    def store_window_queries(
-        self, queries: Tensor, source: Tensor, target: Tensor, ring: Tensor
-    ) -> None:
-        ring.index_copy_(0, target, queries.index_select(0, source))
+    def store_window_queries(self, queries: Tensor, places: Tensor, ring: Tensor) -> None:
+        (stored,) = (places[: len(queries)] >= 0).nonzero(as_tuple=True)
+        ring[places[stored].long()] = queries[stored]
 
     def squeeze_live_table(
         self, block_table: Tensor, seq_lens: Tensor, block_size: int

@@ -74,7 +74,7 @@ def attention_mass(*_: Any):
     return None
 
 
-@_operator("(Tensor queries, Tensor source, Tensor target, Tensor(a!) ring) -> ()")
+@_operator("(Tensor queries, Tensor places, Tensor(a!) ring) -> ()")
 def store_window_queries(*_: Any):
     return None
 

@@ -73,6 +73,11 @@ class Policy:
         """What n layers and heads sharing a kept set agree on: [..., n, units] -> [..., units]."""
         return scores.mean(-2)
 
+    @property
+    def combine_ranks(self) -> Literal["mean", "max"]:
+        """How tensor-parallel ranks agree on what `combine` made of the heads of each."""
+        return "mean"
+
 
 def literal_choices(hint: Any) -> tuple[str, ...]:
     """The values of a Literal, also of an optional one; none for any other type."""

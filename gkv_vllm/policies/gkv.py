@@ -116,3 +116,7 @@ class GKV(Policy):
 
     def combine(self, scores: Tensor) -> Tensor:
         return ops.combine(scores, self.combine_by)
+
+    @property
+    def combine_ranks(self) -> Literal["mean", "max"]:
+        return "max" if self.combine_by == "max" else "mean"

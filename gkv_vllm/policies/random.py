@@ -36,5 +36,5 @@ class Random(Policy):
         draw = torch.Generator().manual_seed(
             zlib.crc32(f"{self.seed}:{view.key}:{view.event}".encode())
         )
-        shape = (len(view.layers), view.kv_heads, view.num_units)
+        shape = (view.num_layers, view.kv_heads, view.num_units)
         return torch.rand(shape, generator=draw).to(view.device)

@@ -4,29 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gkv_vllm.ops import cpu_layout
-
 if TYPE_CHECKING:
-    from gkv_vllm.ops.paged import PagedOps
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    """One attention layer of the request."""
-
-    kv_cache: Tensor
-    """The layer's paged cache, in the layout of the platform."""
-    block_ids: Tensor
-    """[live_blocks] int64: the request's live blocks in logical order."""
-    plane: Tensor | None
-    """[num_blocks, kv_heads, block_size] float32: one number per cached token, if kept."""
+    from gkv_vllm.ops.layers import LayerOps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +22,9 @@ class View:
     some go, then the recent ones, the last `window` of which made the queries. What the methods
     return per token is [layers, kv_heads, live_tokens - window] in float32, oldest first."""
 
-    ops: PagedOps
-    layers: Sequence[LayerCache]
+    ops: LayerOps
+    block_ids: Tensor
+    """[layers, live_blocks] int64: the request's live blocks in logical order, in each layer."""
     queries: Tensor | None
     """[layers, query_heads, window, head_dim], oldest first; rotated, as attention saw them."""
     history: Tensor | None
@@ -69,16 +55,20 @@ class View:
 
     @property
     def kv_heads(self) -> int:
-        return self.layers[0].kv_cache.shape[1]
+        return self.ops.caches.kv_heads
+
+    @property
+    def num_layers(self) -> int:
+        return self.ops.caches.num_layers
 
     @property
     def device(self) -> torch.device:
-        return self.layers[0].kv_cache.device
+        return self.ops.caches.device
 
     def order(self) -> Tensor:
         """The units from old to new, 0, 1, ...: [layers, kv_heads, units] float32."""
         places = torch.arange(self.num_units, dtype=torch.float32, device=self.device)
-        return places.repeat(len(self.layers), self.kv_heads, 1)
+        return places.repeat(self.num_layers, self.kv_heads, 1)
 
     # ---- per token: [layers, kv_heads, live_tokens - window]
 
@@ -89,22 +79,10 @@ class View:
         over the window: G-KV, arXiv 2512.00504, section 3), `max_logit` (maximum over the group
         before a softmax over the older tokens only: R-KV's repository) and `mean_probability`
         (mean over the group: kvpress)."""
-        queries = self.queries
-        if queries is None:
+        if self.queries is None:
             raise ValueError("view.local_scores: declare Needs(queries=True)")
-        return torch.stack(
-            [
-                self.ops.local_scores(
-                    queries[i],
-                    layer.kv_cache,
-                    layer.block_ids,
-                    self.live_tokens,
-                    self.scale,
-                    self.softcap,
-                    form,
-                )
-                for i, layer in enumerate(self.layers)
-            ]
+        return self.ops.local_scores(
+            self.queries, self.block_ids, self.live_tokens, self.scale, self.softcap, form
         )
 
     def redundancy(
@@ -115,46 +93,29 @@ class View:
         Mean cosine similarity to the unprotected live tokens, where of near-duplicates (above
         `threshold`) the newest is excused; divided by `temperature`, softmax over these tokens.
         0 at protected tokens. `within_blocks` compares only inside each cache block (Zipage)."""
-        compare = self.ops.redundancy_in_block if within_blocks else self.ops.redundancy
-        similarity = self._each_layer(
-            lambda layer: compare(
-                layer.kv_cache, layer.block_ids, self.protected, self.live_tokens, threshold
-            )
+        similarity = self.ops.redundancy(
+            self.block_ids, self.protected, self.live_tokens, threshold, within_blocks
         )
         shares = (similarity / temperature).softmax(-1)
         return self._older(torch.nn.functional.pad(shares, (self.protected, 0)))
 
     def key_norms(self) -> Tensor:
         """The L2 norm of each key."""
-        return self._older(
-            self._each_layer(
-                lambda layer: self.ops.key_norms(layer.kv_cache, layer.block_ids, self.live_tokens)
-            )
-        )
+        return self._older(self.ops.key_norms(self.block_ids, self.live_tokens))
 
     def attention_mass(self) -> Tensor:
         """The attention that each unprotected token got from all queries of its group so far.
 
         0 at protected tokens. Needs(attention_mass=True)."""
-        mass = self._each_layer(self._plane)
+        if self.ops.caches.planes is None:
+            raise ValueError("view.attention_mass: declare Needs(attention_mass=True)")
+        mass = self.ops.caches.read_planes(self.block_ids)
         mass[..., : self.protected] = 0
         return self._older(mass)
 
     def keys(self) -> Tensor:
         """A dense copy of the keys, [layers, kv_heads, live_tokens, head_dim]: slow but plain."""
-        return self._each_layer(
-            lambda layer: cpu_layout.gather_keys(layer.kv_cache, layer.block_ids)[
-                :, : self.live_tokens
-            ]
-        )
-
-    def _plane(self, layer: LayerCache) -> Tensor:
-        if layer.plane is None:
-            raise ValueError("view.attention_mass: declare Needs(attention_mass=True)")
-        return layer.plane[layer.block_ids].transpose(0, 1).flatten(1)[:, : self.live_tokens]
-
-    def _each_layer(self, read: Callable[[LayerCache], Tensor]) -> Tensor:
-        return torch.stack([read(layer) for layer in self.layers])
+        return self.ops.keys(self.block_ids, self.live_tokens)
 
     def _older(self, per_token: Tensor) -> Tensor:
         return per_token[..., : self.live_tokens - self.window]

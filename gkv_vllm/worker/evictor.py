@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from gkv_vllm.engine.plan import StepPlan, WorkerReport
 from gkv_vllm.ops.live_table import NULL_BLOCK
+from gkv_vllm.ops.upload import to_host
 from gkv_vllm.worker.mass import MassIndex
 from gkv_vllm.worker.rings import RingIndex
 from gkv_vllm.worker.runner import RunnerAdapter
@@ -50,8 +51,9 @@ class Evictor:
         self._clear_indices()
         if plan is None:
             return
+        orders = [(order, self._table(id_)) for id_, order in plan.compact.items()]
+        self._timed(len(orders), partial(self.scorer.compact, orders))
         for request_id, order in plan.compact.items():
-            self._timed(partial(self.scorer.compact, order, self._table(request_id)))
             for group, ids in order.fresh.items():
                 self.runner.set_blocks(request_id, group, list(ids), list(ids.values()))
         for request_id, dropped in plan.drops.items():
@@ -89,12 +91,15 @@ class Evictor:
         plan, self.plan = self.plan, None
         # A dummy batch may run before the next plan: it must leave no trace.
         self._clear_indices()
-        scores = {}
-        for request_id, seen in plan.observe.items() if plan else ():
-            score = partial(self.scorer.block_scores, seen.selection, self._table(request_id))
-            scores[request_id] = seen.epoch, self._timed(score)
+        observed = plan.observe if plan else {}
+        due = [(seen.selection, self._table(id_)) for id_, seen in observed.items()]
+        found = self._timed(len(due), partial(self.scorer.block_scores, due))
         if not self._events:
             return None
+        scores = {
+            id_: (seen.epoch, to_host(of_request))
+            for (id_, seen), of_request in zip(observed.items(), found or (), strict=True)
+        }
         report = WorkerReport(scores, self._events, self._seconds)
         self._events, self._seconds = 0, 0.0
         return report
@@ -102,10 +107,13 @@ class Evictor:
     def _table(self, request_id: str) -> BlockTable:
         return partial(self.runner.row, request_id)
 
-    def _timed(self, work: Callable[[], T]) -> T:
+    def _timed(self, events: int, work: Callable[[], T]) -> T | None:
+        """Time of the host; on a GPU that is what the launches take."""
+        if not events:
+            return None
         started = time.perf_counter()
         result = work()
-        self._events += 1
+        self._events += events
         self._seconds += time.perf_counter() - started
         return result
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gkv_vllm.ops.paged import PagedOps
 from gkv_vllm.worker.mass import MassIndex
-from gkv_vllm.worker.rings import QueryRing
+from gkv_vllm.worker.rings import RingIndex
 
 
 @dataclass(slots=True)
@@ -25,7 +25,9 @@ class EvictedLayer:
     kv_cache: Tensor
     plane: Tensor | None
     """[num_blocks, kv_heads, block_size] float32: one number per cached token."""
-    ring: QueryRing | None
+    ring: Tensor | None
+    """[slots * window, query_heads, head_dim]"""
+    ring_index: RingIndex | None
     mass: MassIndex | None
     kv_heads: int
     head_dim: int
@@ -34,8 +36,11 @@ class EvictedLayer:
 
     def before_attention(self, queries: Tensor) -> None:
         """queries [tokens, query_heads, head_dim], rotated; the caller may reuse them."""
-        if self.ring is not None:
-            self.ring.store(queries)
+        if self.ring is None:
+            return
+        assert self.ring_index is not None
+        if self.ring_index.filled or self.ring_index.every_step:
+            self.ops.store_window_queries(queries, self.ring_index.places, self.ring)
 
     def after_attention(self, queries: Tensor) -> None:
         """The same queries once the keys and values of the step are in the cache."""

@@ -4,34 +4,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gkv_vllm.engine.footprint import blocks_for
 from gkv_vllm.engine.plan import Compaction, Selection
+from gkv_vllm.ops.layers import LayerCaches, LayerOps
 from gkv_vllm.ops.paged import PagedOps
 from gkv_vllm.ops.upload import upload
 from gkv_vllm.policies.base import Policy
-from gkv_vllm.policies.view import LayerCache, View
+from gkv_vllm.policies.view import View
 from gkv_vllm.worker.layers import EvictedLayer
+from gkv_vllm.worker.ranks import Ranks
+from gkv_vllm.worker.rings import QueryRings, RingIndex
 
 BlockTable = Callable[[int], Tensor]
 """A request's block table by KV cache group, as `RunnerAdapter.row` gives it."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where one request's live tokens are: block ids, one tensor for each KV cache group."""
-
-    live: dict[int, Tensor]
-    candidates: dict[int, Tensor]
-
-
 class Scorer:
-    """Keeps what the policy remembers, and applies it to one request at a time."""
+    """Keeps what the policy remembers, and applies it to the requests that are due."""
 
     def __init__(
         self,
@@ -45,10 +40,24 @@ class Scorer:
         scope: str,
         slots: int,
         max_blocks: int,
+        rings: QueryRings | None = None,
+        ring_index: RingIndex | None = None,
+        ranks: Ranks | None = None,
+        together: int = 0,
     ) -> None:
+        """together: live tokens of requests that are scored at once; 0 scores one at a time."""
         self.policy = policy
         self.layers = layers
-        self.ops = ops
+        planes = tuple(layer.plane for layer in layers if layer.plane is not None)
+        self.ops: LayerOps = ops.bind(
+            LayerCaches(tuple(x.kv_cache for x in layers), ops.layout, planes or None)
+        )
+        self.rings = rings
+        self.ring_index = ring_index
+        self.ranks = ranks or Ranks()
+        self.together = together
+        self.device = layers[0].kv_cache.device
+        self.kv_groups = sorted({layer.kv_group for layer in layers})
         self.window = window
         self.block_size = block_size
         self.moves_tokens = moves_tokens
@@ -59,99 +68,141 @@ class Scorer:
                 "a KV policy scores all full-attention layers together, but they differ in "
                 f"(KV heads, head size, scale, soft cap): {sorted(shapes)}"
             )
+        of_layer = [layer.layer_group for layer in layers]
         self.layer_groups = [
-            [i for i, layer in enumerate(layers) if layer.layer_group == group]
-            for group in sorted({layer.layer_group for layer in layers})
+            upload([i for i, of in enumerate(of_layer) if of == group], self.device)
+            for group in sorted(set(of_layer))
         ]
         self.history: Tensor | None = None
         """Block granularity: [slots, layers, kv_heads, blocks], by logical block."""
         if policy.needs.history and not moves_tokens:
-            self.history = torch.zeros(slots, len(layers), layers[0].kv_heads, max_blocks)
+            size = (slots, len(layers), layers[0].kv_heads, max_blocks)
+            self.history = torch.zeros(size, device=self.device)
 
     def reset(self, slots: list[int]) -> None:
         """These slots belong to other requests now."""
-        if self.history is not None:
-            self.history[slots] = 0
+        if self.history is not None and slots:
+            self.history[upload(slots, self.device)] = 0
 
     # ---- block granularity
 
-    def block_scores(self, seen: Selection, table: BlockTable) -> list[Sequence[float]]:
-        """Per layer group one score for each candidate block of an observed request."""
-        scores, _ = self._score(seen, self._locate(seen, table))
-        return [
-            self.policy.combine(scores[members].flatten(0, 1)).tolist()
-            for members in self.layer_groups
+    def block_scores(self, observed: Sequence[tuple[Selection, BlockTable]]) -> list[Tensor]:
+        """One score for each candidate block of each request: [layer_groups, candidates]."""
+        combined = [
+            torch.stack(
+                [
+                    self.policy.combine(scores[members].flatten(0, 1))
+                    for members in self.layer_groups
+                ]
+            )
+            for chunk in self._chunks(observed)
+            for scores, _ in self._score(chunk)
         ]
+        return self.ranks.agree(combined, self.policy.combine_ranks)
 
     # ---- token granularity
 
-    def compact(self, order: Compaction, table: BlockTable) -> None:
-        """Move the surviving tokens of a request into its target blocks, in every layer.
+    def compact(self, orders: Sequence[tuple[Compaction, BlockTable]]) -> None:
+        """Move the surviving tokens of these requests into their target blocks, in every layer.
 
         Must come before anything of this step is written into a block."""
-        seen = order.selection
-        if not order.targets:  # window and tail fill the budget: every candidate goes
-            return
-        place = self._locate(seen, table)
-        scores, view = self._score(seen, place)
+        # Window and tail may fill a budget: then every candidate goes, and nothing moves.
+        tables = {id(order.selection): (order, table) for order, table in orders if order.targets}
+        due = [(order.selection, table) for order, table in tables.values()]
+        for chunk in self._chunks(due):
+            scored = self._score(chunk)
+            shared = [self._share(scores) for scores, _ in scored]
+            if self.scope != "head":
+                shared = self.ranks.agree(shared, self.policy.combine_ranks)
+            for (seen, _), (_, view), scores in zip(chunk, scored, shared, strict=True):
+                self._move(*tables[id(seen)], view, scores)
+
+    def _share(self, scores: Tensor) -> Tensor:
+        """The scores that decide: [layers or 1, kv_heads or 1, units]."""
+        if self.scope == "head":
+            return scores
         if self.scope == "layer":
-            scores = self.policy.combine(scores)[:, None]
-        elif self.scope == "all":
-            scores = self.policy.combine(scores.flatten(0, 1))[None, None]
+            return self.policy.combine(scores)[:, None]
+        return self.policy.combine(scores.flatten(0, 1))[None, None]
+
+    def _move(self, order: Compaction, table: BlockTable, view: View, scores: Tensor) -> None:
         keep = self.ops.topk_keep(scores, view.keep).expand(len(self.layers), -1, -1)
-        targets = {}
-        for group in place.live:
-            ids = table(group)[self._upload(order.targets)].long()
-            fresh = order.fresh.get(group, {})
-            if fresh:
+        renewed = set().union(*order.fresh.values())
+        place_of = {block: i for i, block in enumerate(order.selection.candidates[0])}
+        places = [-1 if block in renewed else place_of[block] for block in order.targets]
+        sources = self._candidates(order.selection, view.block_ids)
+        self.ops.compact(sources, self._targets(order, table), upload(places, self.device), keep)
+
+    def _targets(self, order: Compaction, table: BlockTable) -> Tensor:
+        """The ids of the target blocks in each layer: [layers, targets] int64."""
+        blocks, by_group = upload(order.targets, self.device), {}
+        for group in self.kv_groups:
+            ids = table(group)[blocks].long()
+            if fresh := order.fresh.get(group):
                 new = [i for i, block in enumerate(order.targets) if block in fresh]
-                ids[self._upload(new)] = self._upload([fresh[order.targets[i]] for i in new])
-            targets[group] = ids
-        for layer, kept in zip(self.layers, keep, strict=True):
-            self.ops.compact(
-                layer.kv_cache,
-                layer.plane,
-                place.candidates[layer.kv_group],
-                targets[layer.kv_group],
-                kept,
-            )
+                of_new = upload([fresh[order.targets[i]] for i in new], self.device)
+                ids[upload(new, self.device)] = of_new
+            by_group[group] = ids
+        return self._each_layer(by_group)
 
     # ---- both
 
-    def _upload(self, values: Sequence[int]) -> Tensor:
-        return upload(values, self.layers[0].kv_cache.device)
+    def _chunks(
+        self, due: Sequence[tuple[Selection, BlockTable]]
+    ) -> Iterator[list[tuple[Selection, BlockTable]]]:
+        """Requests that are scored together: as many as the work space was sized for."""
+        chunk: list[tuple[Selection, BlockTable]] = []
+        tokens = 0
+        for seen, table in due:
+            if chunk and tokens + seen.num_tokens > self.together:
+                yield chunk
+                chunk, tokens = [], 0
+            chunk.append((seen, table))
+            tokens += seen.num_tokens
+        if chunk:
+            yield chunk
 
-    def _locate(self, seen: Selection, table: BlockTable) -> Place:
+    def _locate(self, seen: Selection, table: BlockTable) -> Tensor:
+        """The ids of a request's live blocks in each layer, in order: [layers, blocks] int64."""
         used = blocks_for(seen.num_tokens, self.block_size)
         recent = range((seen.num_tokens - self.window) // self.block_size, used)
-        place = Place({}, {})
-        for layer in self.layers:
-            if layer.kv_group in place.live:
-                continue
-            candidates = seen.candidates[layer.layer_group]
-            live = self._upload([*range(seen.protected), *candidates, *recent])
-            ids = table(layer.kv_group)[live].long()
-            place.live[layer.kv_group] = ids
-            place.candidates[layer.kv_group] = ids[seen.protected :][: len(candidates)]
-        return place
+        live = [
+            upload([*range(seen.protected), *candidates, *recent], self.device)
+            for candidates in seen.candidates
+        ]
+        layer_group = {layer.kv_group: layer.layer_group for layer in self.layers}
+        return self._each_layer(
+            {group: table(group)[live[layer_group[group]]].long() for group in self.kv_groups}
+        )
 
-    def _score(self, seen: Selection, place: Place) -> tuple[Tensor, View]:
-        """Scores [layers, kv_heads, units], and the view that they come from."""
-        view = self._view(seen, place)
+    def _candidates(self, seen: Selection, block_ids: Tensor) -> Tensor:
+        return block_ids[:, seen.protected :][:, : len(seen.candidates[0])]
+
+    def _each_layer(self, by_group: dict[int, Tensor]) -> Tensor:
+        """Block ids by KV cache group as [layers, blocks]; one copy in memory if there is one."""
+        if len(by_group) == 1:
+            return by_group[self.kv_groups[0]].expand(len(self.layers), -1)
+        return torch.stack([by_group[layer.kv_group] for layer in self.layers])
+
+    def _score(self, due: list[tuple[Selection, BlockTable]]) -> list[tuple[Tensor, View]]:
+        """Per request the scores [layers, kv_heads, units], and the view that they come from."""
+        return [self._score_one(seen, self._view(seen, table)) for seen, table in due]
+
+    def _score_one(self, seen: Selection, view: View) -> tuple[Tensor, View]:
         if self.policy.needs.history:
-            view = replace(view, history=self._recall(seen, place))
+            view = replace(view, history=self._recall(seen, view))
             view = replace(view, history=self.policy.update(view))
             assert view.history is not None
-            self._remember(seen, place, view.history)
+            self._remember(seen, view, view.history)
         return self.policy.score(view), view
 
-    def _view(self, seen: Selection, place: Place) -> View:
+    def _view(self, seen: Selection, table: BlockTable) -> View:
         first, unit = self.layers[0], 1 if self.moves_tokens else self.block_size
         num_blocks = len(seen.candidates[0])
         gone = seen.candidates[0][-1] + 1 - seen.protected - num_blocks
         return View(
             ops=self.ops,
-            layers=[LayerCache(x.kv_cache, place.live[x.kv_group], x.plane) for x in self.layers],
+            block_ids=self._locate(seen, table),
             queries=self._window_queries(seen) if self.policy.needs.queries else None,
             history=None,
             scale=first.scale,
@@ -169,38 +220,32 @@ class Scorer:
         )
 
     def _window_queries(self, seen: Selection) -> Tensor:
-        rings = [layer.ring for layer in self.layers if layer.ring is not None]
+        assert self.rings is not None
+        assert self.ring_index is not None
         assert seen.slot is not None
-        places = rings[0].index.window_of(seen.slot, seen.num_tokens)
-        return torch.stack([ring.read(places) for ring in rings])
+        return self.rings.read(self.ring_index.window_of(seen.slot, seen.num_tokens))
 
-    def _recall(self, seen: Selection, place: Place) -> Tensor:
+    def _recall(self, seen: Selection, view: View) -> Tensor:
         """What the policy's `update` returned at the last eviction, for what stayed since."""
         if self.history is not None:
-            return torch.stack(
-                [
-                    self.history[seen.slot, i][:, seen.candidates[layer.layer_group]]
-                    for i, layer in enumerate(self.layers)
-                ]
-            )
-        planes = [
-            layer.plane[place.candidates[layer.kv_group]].transpose(0, 1).flatten(1)
-            for layer in self.layers
-            if layer.plane is not None
-        ]
-        history = torch.stack(planes)
+            assert seen.slot is not None
+            return self.history[seen.slot].gather(-1, self._logical(seen))
+        history = self.ops.caches.read_planes(self._candidates(seen, view.block_ids))
         history[..., seen.remembered * self.block_size :] = 0
         return history
 
-    def _remember(self, seen: Selection, place: Place, history: Tensor) -> None:
-        for i, layer in enumerate(self.layers):
-            if self.history is not None:
-                self.history[seen.slot, i][:, seen.candidates[layer.layer_group]] = history[i]
-            else:
-                assert layer.plane is not None
-                ids = place.candidates[layer.kv_group]
-                by_block = history[i].unflatten(-1, (-1, self.block_size))
-                layer.plane[ids] = by_block.transpose(0, 1)
+    def _remember(self, seen: Selection, view: View, history: Tensor) -> None:
+        if self.history is not None:
+            assert seen.slot is not None
+            self.history[seen.slot].scatter_(-1, self._logical(seen), history)
+        else:
+            self.ops.caches.write_planes(self._candidates(seen, view.block_ids), history)
+
+    def _logical(self, seen: Selection) -> Tensor:
+        """The candidates of each layer and head, by logical block: [layers, kv_heads, blocks]."""
+        by_group = [upload(candidates, self.device) for candidates in seen.candidates]
+        by_layer = torch.stack([by_group[layer.layer_group] for layer in self.layers])
+        return by_layer[:, None].expand(-1, self.layers[0].kv_heads, -1)
 
 
 def ring_bytes(*, layers: int, query_heads: int, head_dim: int, window: int, itemsize: int) -> int:

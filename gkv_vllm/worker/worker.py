@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from gkv_vllm.policies import registry
 from gkv_vllm.worker.evictor import Evictor
 from gkv_vllm.worker.layers import EvictedLayer
 from gkv_vllm.worker.mass import MassIndex
-from gkv_vllm.worker.rings import QueryRing, RingIndex
+from gkv_vllm.worker.rings import QueryRings, RingIndex
 from gkv_vllm.worker.runner import watch_builders
 from gkv_vllm.worker.runner_v1 import V1Runner
 from gkv_vllm.worker.runner_v2 import V2Runner
@@ -138,10 +139,12 @@ class EvictionWorkerMixin(Worker):
         block_size = next(spec.block_size for _, spec in owners.values())
         slots = self._slots(kv_cache_config.num_blocks, block_size)
         needs = self.policy.needs
-        ring_index = RingIndex(self.kv_policy.window, self.device) if needs.queries else None
+        rings, ring_index = (
+            self._query_rings(slots, list(owners)) if needs.queries else (None, None)
+        )
         mass_index = MassIndex() if needs.attention_mass else None
         ops = paged.resolve(self.kv_policy.impl)
-        planes: dict[int, torch.Tensor] = {}
+        planes = self._planes(kv_cache_config, owners, block_size) if self._has_planes() else {}
         layers = []
         for name, (group, spec) in owners.items():
             impl, cache = self._layer(name).impl, self._layer(name).kv_cache
@@ -150,30 +153,21 @@ class EvictionWorkerMixin(Worker):
                     f"attention layer {name} runs {type(impl).__name__}, which would read evicted "
                     "blocks; serve this model without --kv-policy"
                 )
-            if self._has_planes() and cache.data_ptr() not in planes:
-                # Layers of different KV cache groups may share a tensor: so do their planes.
-                planes[cache.data_ptr()] = torch.zeros(
-                    kv_cache_config.num_blocks, impl.num_kv_heads, block_size, device=self.device
-                )
-            ring = None
-            if ring_index is not None:
-                ring = QueryRing(
-                    ring_index, ops, slots, impl.num_heads, impl.head_size, self.model_config.dtype
-                )
             layer = EvictedLayer(
                 ops=ops,
                 kv_group=group,
                 layer_group=spec.layer_group,
                 kv_cache=cache,
                 plane=planes.get(cache.data_ptr()),
-                ring=ring,
+                ring=rings.of_layer(len(layers)) if rings is not None else None,
+                ring_index=ring_index,
                 mass=mass_index,
                 kv_heads=impl.num_kv_heads,
                 head_dim=impl.head_size,
                 scale=impl.scale,
                 softcap=impl.logits_soft_cap or 0.0,
             )
-            if ring is not None or mass_index is not None:
+            if rings is not None or mass_index is not None:
                 impl.query_sink = layer
             layers.append(layer)
         scorer = Scorer(
@@ -186,6 +180,8 @@ class EvictionWorkerMixin(Worker):
             scope=self.kv_policy.scope,
             slots=slots,
             max_blocks=blocks_for(self.model_config.max_model_len, block_size),
+            rings=rings,
+            ring_index=ring_index,
         )
         runner = (V2Runner if self.use_v2_model_runner else V1Runner)(self.model_runner)
         evictor = Evictor(
@@ -193,6 +189,33 @@ class EvictionWorkerMixin(Worker):
         )
         watch_builders(self.model_runner, evictor, list(layer_group_of))
         return evictor
+
+    def _planes(
+        self, kv_cache_config: KVCacheConfig, layers: Iterable[str], block_size: int
+    ) -> dict[int, torch.Tensor]:
+        """One number per cached token, by the address of a layer's cache.
+
+        Layers of different KV cache groups may share a cache: so do their planes."""
+        caches = list(dict.fromkeys(self._layer(name).kv_cache.data_ptr() for name in layers))
+        heads = self._layer(next(iter(layers))).impl.num_kv_heads
+        size = (len(caches), kv_cache_config.num_blocks, heads, block_size)
+        return dict(zip(caches, torch.zeros(size, device=self.device), strict=True))
+
+    def _query_rings(self, slots: int, layers: list[str]) -> tuple[QueryRings, RingIndex]:
+        window, impl = self.kv_policy.window, self._layer(layers[0]).impl
+        rings = QueryRings(
+            window,
+            layers=len(layers),
+            slots=slots,
+            query_heads=impl.num_heads,
+            head_dim=impl.head_size,
+            dtype=self.model_config.dtype,
+            device=self.device,
+        )
+        # A batch that a CUDA graph pads may be larger than one that is scheduled.
+        padded = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        max_tokens = max(self.scheduler_config.max_num_batched_tokens, padded)
+        return rings, RingIndex(window, max_tokens, self.device)
 
     def _evicted_layers(self, kv_cache_config: KVCacheConfig) -> dict[str, tuple[int, GKVSpec]]:
         """The layers that own an evictable cache, in the model's order: KV cache group and spec."""

@@ -69,8 +69,7 @@ def run_and_follow(
             return
         ((id_, blocks),) = plan.drops.items()
         for order in plan.compact.values():
-            survivors.moved(order.targets, order.selection.candidates[0], torch.stack(kept))
-            kept.clear()
+            survivors.moved(order.targets, order.selection.candidates[0], kept.pop())
         survivors.dropped(blocks, engine.scheduler.requests[id_].num_computed_tokens - 1)
 
     with engine.each_compaction(lambda keep: kept.append(keep)), engine.each_begin(look):

@@ -155,7 +155,7 @@ class InProcessEngine:
 
     @contextmanager
     def each_compaction(self, look: Callable[[Any], None]) -> Iterator[None]:
-        """Call `look(keep)` for every layer whose survivors move: [kv_heads or 1, tokens]."""
+        """Call `look(keep)` whenever survivors move: [layers, kv_heads or 1, tokens]."""
         scorer = self.worker.evictor.scorer
         original = scorer.ops
 
@@ -163,9 +163,9 @@ class InProcessEngine:
             def __getattr__(self, name: str) -> Any:
                 return getattr(original, name)
 
-            def compact(self, cache: Any, plane: Any, source: Any, target: Any, keep: Any) -> None:
+            def compact(self, source: Any, target: Any, places: Any, keep: Any) -> None:
                 look(keep.clone())
-                original.compact(cache, plane, source, target, keep)
+                original.compact(source, target, places, keep)
 
         scorer.ops = Seen()
         try:

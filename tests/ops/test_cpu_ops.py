@@ -367,7 +367,9 @@ def test_store_window_queries(ops: PagedOps, dtype: torch.dtype) -> None:
     queries = projected[:, :64].unflatten(1, (4, 16))  # a view, as of a fused projection
     ring = torch.full((12, 4, 16), NAN, dtype=dtype)
     source, target = torch.tensor([19, 3, 7]), torch.tensor([0, 11, 5])
-    ops.store_window_queries(queries, source, target, ring)
+    places = torch.full((24,), -1, dtype=torch.int32)
+    places[source] = target.int()
+    ops.store_window_queries(queries, places, ring)
     assert torch.equal(ring[target], queries[source])
     assert ring[[1, 2, 3, 4, 6, 7, 8, 9, 10]].isnan().all()
 
@@ -452,8 +454,7 @@ def test_schemas_declare_what_is_written_and_fakes_fit() -> None:
             gkv.store_window_queries,
             (
                 r.queries.transpose(0, 1).contiguous(),
-                torch.tensor([1]),
-                torch.tensor([0]),
+                torch.arange(16, dtype=torch.int32),
                 r.queries.transpose(0, 1).contiguous(),
             ),
         ),

@@ -29,13 +29,14 @@ from torch import Tensor
 
 from gkv_vllm.ops import cpu_layout
 from gkv_vllm.ops import reference as ops
+from gkv_vllm.ops.layers import LayerCaches
 from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.policies.base import Policy
 from gkv_vllm.policies.gkv import GKV
 from gkv_vllm.policies.knorm import KNorm
 from gkv_vllm.policies.rkv import RKV
 from gkv_vllm.policies.snapkv import SnapKV
-from gkv_vllm.policies.view import LayerCache, View
+from gkv_vllm.policies.view import View
 from tests.policies.paged_requests import IMPLEMENTATIONS, Cache, Model, Request, operators
 
 GOLDEN: dict[str, Any] = json.loads(Path(__file__).with_name("golden.json").read_text())
@@ -139,9 +140,10 @@ def through_view(method: Method, implementation: str) -> list[Eviction]:
         kv_cache, ids = torch.full((4, 2, 32, 2 * HEAD_DIM), torch.nan), torch.tensor([2])
         at = held[..., None].expand(-1, -1, HEAD_DIM)
         cpu_layout.write_tokens(kv_cache, ids, method.keys.gather(1, at), VALUES.gather(1, at))
+        ops = operators(implementation)
         view = View(
-            ops=operators(implementation),
-            layers=[LayerCache(kv_cache, ids, plane=None)],
+            ops=ops.bind(LayerCaches((kv_cache,), ops.layout)),
+            block_ids=ids[None],
             queries=method.queries[None, :, end - method.window : end],
             history=torch.nn.functional.pad(history, (0, older - history.shape[1]))[None],
             scale=HEAD_DIM**-0.5,

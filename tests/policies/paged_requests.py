@@ -22,12 +22,13 @@ from gkv_vllm.policies.base import Policy
 from gkv_vllm.policies.view import View
 from gkv_vllm.worker.layers import EvictedLayer
 from gkv_vllm.worker.mass import MassIndex
-from gkv_vllm.worker.rings import QueryRing, RingIndex
+from gkv_vllm.worker.rings import QueryRings, RingIndex
 from gkv_vllm.worker.scorer import Scorer
 
 NAN = float("nan")
 IMPLEMENTATIONS = ("reference", "cpu")
 SLOTS = 4
+MAX_TOKENS = 4096
 CPU = torch.device("cpu")
 
 
@@ -92,6 +93,10 @@ class Request:
         """Its live blocks in order, logically."""
         return [place for place, block in enumerate(self.table) if block]
 
+    def row(self, group: int) -> Tensor:
+        """Its block table, as a runner gives it."""
+        return torch.tensor(self.table)
+
     @property
     def live_ids(self) -> Tensor:
         return torch.tensor([self.table[place] for place in self.live])
@@ -104,6 +109,7 @@ class Watched:
         self.policy = policy
         self.needs = policy.needs
         self.combine = policy.combine
+        self.combine_ranks = policy.combine_ranks
 
     def update(self, view: View) -> Tensor:
         assert view.history is not None
@@ -139,7 +145,19 @@ class Cache:
         size = (num_blocks, model.kv_heads, model.block_size)
         needs = policy.needs
         has_planes = needs.attention_mass or (needs.history and moves_tokens)
-        self.rings = RingIndex(model.window, CPU) if needs.queries else None
+        self.ring_index = RingIndex(model.window, MAX_TOKENS, CPU) if needs.queries else None
+        self.rings = None
+        if needs.queries:
+            self.rings = QueryRings(
+                model.window,
+                layers=model.layers,
+                slots=SLOTS,
+                query_heads=model.query_heads,
+                head_dim=model.head_dim,
+                dtype=model.dtype,
+                device=CPU,
+            )
+        planes = torch.full((model.layers, *size), poison) if has_planes else None
         self.mass = MassIndex() if needs.attention_mass else None
         self.layers = [
             EvictedLayer(
@@ -147,19 +165,16 @@ class Cache:
                 kv_group=0,
                 layer_group=0,
                 kv_cache=torch.full((*size, 2 * model.head_dim), poison, dtype=model.dtype),
-                plane=torch.full(size, poison) if has_planes else None,
-                ring=None
-                if self.rings is None
-                else QueryRing(
-                    self.rings, ops, SLOTS, model.query_heads, model.head_dim, model.dtype
-                ),
+                plane=planes[i] if planes is not None else None,
+                ring=self.rings.of_layer(i) if self.rings is not None else None,
+                ring_index=self.ring_index,
                 mass=self.mass,
                 kv_heads=model.kv_heads,
                 head_dim=model.head_dim,
                 scale=model.scale,
                 softcap=model.softcap,
             )
-            for _ in range(model.layers)
+            for i in range(model.layers)
         ]
         self.scorer = Scorer(
             self.watched,  # type: ignore[arg-type]
@@ -171,6 +186,8 @@ class Cache:
             scope=scope,
             slots=SLOTS,
             max_blocks=num_blocks,
+            rings=self.rings,
+            ring_index=self.ring_index,
         )
 
     # ---- a step of the engine
@@ -180,8 +197,9 @@ class Cache:
         for request, count in batch:
             self._write(request, count)
         starts = torch.tensor([0, *(count for _, count in batch)]).cumsum(0).tolist()
-        if self.rings is not None:
-            self.rings.fill(
+        if self.ring_index is not None:
+            self.ring_index.clear()
+            self.ring_index.fill(
                 [
                     (Recording(request.slot, request.num_tokens), start, start + count)
                     for (request, count), start in zip(batch, starts, strict=False)
@@ -245,7 +263,7 @@ class Cache:
 
     def observe(self, request: Request, keep: int) -> View:
         """Score the request and leave it as it is. Returns what the policy saw."""
-        self.scorer.block_scores(self.selection(request, keep), lambda group: request.table)
+        self.scorer.block_scores([(self.selection(request, keep), request.row)])
         return self.watched.view
 
     def evict(self, request: Request, keep: int) -> Tensor:
@@ -254,11 +272,11 @@ class Cache:
         candidates = seen.candidates[0]
         if self.moves_tokens:
             stay = candidates[:keep]
-            self.scorer.compact(Compaction(seen, stay), lambda group: request.table)
+            self.scorer.compact([(Compaction(seen, stay), request.row)])
             kept = self.best(keep * self.model.block_size)
         else:
-            (scores,) = self.scorer.block_scores(seen, lambda group: request.table)
-            units = torch.tensor(_best(list(scores), keep), dtype=torch.int64)
+            ((scores,),) = self.scorer.block_scores([(seen, request.row)])
+            units = torch.tensor(_best(scores.tolist(), keep), dtype=torch.int64)
             stay = [candidates[unit] for unit in units.tolist()]
             slots = torch.arange(self.model.block_size)
             kept = (units[:, None] * self.model.block_size + slots).flatten()

@@ -152,7 +152,7 @@ class NoRedundancy(ReferenceOps):
 )
 def test_redundancy_without_weight_is_not_computed(policy: Policy) -> None:
     view, found = at_eviction(policy, MODELS["gqa4"], event=1)
-    assert torch.equal(policy.score(replace(view, ops=NoRedundancy())), found)
+    assert torch.equal(policy.score(replace(view, ops=NoRedundancy().bind(view.ops.caches))), found)
 
 
 @pytest.mark.parametrize("heads", [1, 5, 15])
@@ -216,9 +216,11 @@ def test_redundancy_of_layers_is_that_of_each(
 ) -> None:
     view, _ = at_eviction(RKV(), model, implementation=implementation)
     found = view.redundancy(within_blocks=within_blocks)
-    for layer, expected in zip(view.layers, found, strict=True):
-        single = replace(view, layers=[layer]).redundancy(within_blocks=within_blocks)
-        assert torch.equal(single[0], expected)
+    for i, expected in enumerate(found):
+        caches = replace(view.ops.caches, kv_caches=view.ops.caches.kv_caches[i : i + 1])
+        ops = operators(implementation).bind(caches)
+        single = replace(view, ops=ops, block_ids=view.block_ids[i : i + 1])
+        assert torch.equal(single.redundancy(within_blocks=within_blocks)[0], expected)
 
 
 @models

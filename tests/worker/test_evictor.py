@@ -21,7 +21,7 @@ from gkv_vllm.engine.plan import (
 from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.worker.evictor import Evictor
 from gkv_vllm.worker.mass import MassIndex
-from gkv_vllm.worker.rings import QueryRing, RingIndex
+from gkv_vllm.worker.rings import QueryRings, RingIndex
 
 CPU = torch.device("cpu")
 SCORES = [[0.5, 0.0, 1.0]]
@@ -51,12 +51,32 @@ class Scorer:
     def reset(self, slots: list[int]) -> None:
         self.log.append(("reset", slots))
 
-    def block_scores(self, seen: Selection, table: Any) -> Any:
-        self.log.append(("score", seen.slot, table(0)))
-        return SCORES
+    def block_scores(self, observed: Any) -> Any:
+        self.log += [("score", seen.slot, table(0)) for seen, table in observed]
+        return [torch.tensor(SCORES) for _ in observed]
 
-    def compact(self, order: Compaction, table: Any) -> None:
-        self.log.append(("compact", order.targets, table(0)))
+    def compact(self, orders: Any) -> None:
+        self.log += [("compact", order.targets, table(0)) for order, table in orders]
+
+
+class Ring:
+    """The ring of one layer, stored to as a layer does."""
+
+    def __init__(self, index: RingIndex) -> None:
+        self.index = index
+        self.rings = QueryRings(
+            4, layers=1, slots=3, query_heads=1, head_dim=1, dtype=torch.float32, device=CPU
+        )
+
+    @property
+    def queries(self) -> torch.Tensor:
+        return self.rings.of_layer(0)
+
+    def store(self, queries: torch.Tensor) -> None:
+        ReferenceOps().store_window_queries(queries, self.index.places, self.queries)
+
+    def read(self, places: torch.Tensor) -> torch.Tensor:
+        return self.rings.read(places)[0]
 
 
 class Step:
@@ -64,7 +84,7 @@ class Step:
 
     def __init__(self) -> None:
         self.log: list[Any] = []
-        self.index, self.mass = RingIndex(4, CPU), MassIndex()
+        self.index, self.mass = RingIndex(4, 16, CPU), MassIndex()
         self.evictor = Evictor(
             Runner(self.log),
             Scorer(self.log),
@@ -72,7 +92,7 @@ class Step:
             ring_index=self.index,
             mass_index=self.mass,
         )
-        self.ring = QueryRing(self.index, ReferenceOps(), 3, 1, 1, torch.float32)
+        self.ring = Ring(self.index)
         self.queries = torch.arange(1.0, 10.0).view(9, 1, 1)
 
     def forward(self) -> None:
@@ -125,7 +145,9 @@ def test_survivors_move_before_tables_change_and_scores_come_last(step: Step) ->
     step.forward()
     report = step.evictor.finish()
     assert report is not None
-    assert report.scores == {"b": (3, SCORES)}
+    ((epoch, scores),) = [report.scores["b"]]
+    assert list(report.scores) == ["b"]
+    assert (epoch, scores.tolist()) == (3, SCORES)
     assert report.events == 2
     assert report.seconds > 0
     assert step.log == [("score", 2, [7, 0, 8])]

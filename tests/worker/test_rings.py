@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gkv_vllm.engine.plan import Recording
 from gkv_vllm.ops.paged import ReferenceOps
-from gkv_vllm.worker.rings import QueryRing, RingIndex
+from gkv_vllm.worker.rings import QueryRings, RingIndex
 
 CPU = torch.device("cpu")
 OPS = ReferenceOps()
@@ -29,15 +29,25 @@ class Request:
     recorded: list[bool] = field(default_factory=list)
 
 
+def rings(window: int, slots: int, heads: int, head_dim: int, dtype: torch.dtype) -> QueryRings:
+    return QueryRings(
+        window,
+        layers=2,
+        slots=slots,
+        query_heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=CPU,
+    )
+
+
 class World:
     """Rings of two layers, fed as a worker feeds them, next to everything that they ever saw."""
 
     def __init__(self, window: int, slots: int, heads: int = 5, head_dim: int = 3) -> None:
         self.window, self.shape = window, (heads, head_dim)
-        self.index = RingIndex(window, CPU)
-        self.rings = [
-            QueryRing(self.index, OPS, slots, heads, head_dim, torch.bfloat16) for _ in range(2)
-        ]
+        self.index = RingIndex(window, 256, CPU)
+        self.rings = rings(window, slots, heads, head_dim, torch.bfloat16)
         self.requests = [Request() for _ in range(slots)]
         self.generator = torch.Generator().manual_seed(0)
 
@@ -58,8 +68,8 @@ class World:
             start = end
         if recordings:
             self.index.fill(recordings)
-        for ring, layer_queries in zip(self.rings, queries, strict=True):
-            ring.store(layer_queries)
+        for layer, layer_queries in enumerate(queries):
+            OPS.store_window_queries(layer_queries, self.index.places, self.rings.of_layer(layer))
 
     def assert_windows(self) -> None:
         """Wherever the last `window` queries were recorded, the ring holds them in order."""
@@ -68,8 +78,8 @@ class World:
             if tokens < self.window or not all(request.recorded[-self.window :]):
                 continue
             newest = torch.stack(request.queries[-self.window :], dim=2)  # layers, heads, window
-            for ring, expected in zip(self.rings, newest, strict=True):
-                assert torch.equal(ring.read(self.index.window_of(slot, tokens)), expected)
+            found = self.rings.read(self.index.window_of(slot, tokens))
+            assert torch.equal(found, newest)
 
 
 @st.composite
@@ -122,42 +132,63 @@ def test_a_slot_that_changes_hands_shows_nothing_of_its_former_owner() -> None:
 def test_rows_that_are_not_recorded_touch_nothing() -> None:
     world = World(window=4, slots=3)
     world.step([(0, 9, True), (1, 1, True)])
-    before = [ring.queries.clone() for ring in world.rings]
+    before = world.rings.queries.clone()
     world.step([(0, 6, False), (2, 1, False), (1, 1, False)])
-    for ring, queries in zip(world.rings, before, strict=True):
-        assert torch.equal(ring.queries, queries)
+    assert torch.equal(world.rings.queries, before)
 
 
 def test_recording_one_slot_leaves_the_others_alone() -> None:
     world = World(window=4, slots=3)
     world.step([(0, 9, True), (1, 5, True), (2, 4, True)])
-    before = [ring.queries.clone() for ring in world.rings]
+    before = world.rings.queries.clone()
     world.step([(0, 3, False), (1, 7, True), (2, 1, False)])
-    for ring, queries in zip(world.rings, before, strict=True):
-        assert torch.equal(ring.queries[:4], queries[:4])
-        assert torch.equal(ring.queries[8:], queries[8:])
+    assert torch.equal(world.rings.queries[:, :4], before[:, :4])
+    assert torch.equal(world.rings.queries[:, 8:], before[:, 8:])
+
+
+class OneRing:
+    """One slot of a ring, and the operator that fills it."""
+
+    def __init__(self, window: int) -> None:
+        self.index = RingIndex(window, 16, CPU)
+        self.rings = rings(window, 1, 2, 3, torch.float32)
+
+    def store(self, queries: Tensor) -> None:
+        OPS.store_window_queries(queries, self.index.places, self.rings.of_layer(0))
+
+    def window(self, num_tokens: int) -> Tensor:
+        return self.rings.read(self.index.window_of(0, num_tokens))[0]
 
 
 def test_filling_with_no_recordings_records_nothing() -> None:
-    ring = QueryRing(index := RingIndex(4, CPU), OPS, 1, 2, 3, torch.float32)
-    index.fill([])
+    ring = OneRing(4)
+    ring.index.fill([])
     ring.store(torch.ones(5, 2, 3))
-    assert not ring.queries.any()
+    assert not ring.rings.queries.any()
+
+
+def test_a_cleared_index_records_nothing() -> None:
+    ring = OneRing(4)
+    ring.index.fill([(Recording(slot=0, num_tokens=5), 0, 5)])
+    ring.index.clear()
+    ring.store(torch.ones(5, 2, 3))
+    assert not ring.rings.queries.any()
 
 
 def test_a_ring_keeps_no_reference_to_the_batch() -> None:
-    ring = QueryRing(index := RingIndex(2, CPU), OPS, 1, 2, 3, torch.float32)
-    index.fill([(Recording(slot=0, num_tokens=2), 0, 2)])
+    ring = OneRing(2)
+    ring.index.fill([(Recording(slot=0, num_tokens=2), 0, 2)])
     batch = torch.ones(2, 2, 3)
     ring.store(batch)
     batch.fill_(float("nan"))  # the runner reuses its buffers
-    assert torch.equal(ring.read(index.window_of(0, 2)), torch.ones(2, 2, 3))
+    assert torch.equal(ring.window(2), torch.ones(2, 2, 3))
 
 
 def test_tokens_that_pad_the_batch_are_ignored() -> None:
-    ring = QueryRing(index := RingIndex(2, CPU), OPS, 1, 2, 3, torch.float32)
-    index.fill([(Recording(slot=0, num_tokens=2), 0, 2)])
+    ring = OneRing(2)
+    ring.index.fill([(Recording(slot=0, num_tokens=2), 0, 2)])
     batch = torch.full((8, 2, 3), float("nan"))
     batch[:2] = 1
     ring.store(batch)
-    assert torch.equal(ring.read(index.window_of(0, 2)), torch.ones(2, 2, 3))
+    assert torch.equal(ring.window(2), torch.ones(2, 2, 3))
+    assert torch.equal(ring.rings.queries[0], torch.ones(2, 2, 3))

@@ -51,9 +51,7 @@ def model_runner() -> SimpleNamespace:
     for request_id in ("ragged", "short"):
         batch.add_request(requests[request_id])
     batch.refresh_metadata()
-    return SimpleNamespace(
-        requests=requests, input_batch=batch, device=torch.device("cpu")
-    )
+    return SimpleNamespace(requests=requests, input_batch=batch, device=torch.device("cpu"))
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def tolerance(world: World) -> float:
 
 
 def block_scores(world: World, scorer: Scorer, **selection: int) -> Tensor:
-    (scores,) = scorer.block_scores(world.selection(**selection), world.table)
+    ((scores,),) = scorer.block_scores([(world.selection(**selection), world.table)])
     return torch.tensor(scores)
 
 
@@ -134,7 +134,7 @@ class Kept:
         self.before = [cache.clone() for cache in world.caches]
         self.order = world.compaction(fresh=fresh)
         scorer = world.scorer(ATTENTION_ONLY, moves_tokens=True, scope=scope)
-        scorer.compact(self.order, world.table)
+        scorer.compact([(self.order, world.table)])
         scores = normalised(world)
         if scope == "layer":
             scores = scores.mean(1, keepdim=True).expand_as(scores)
@@ -188,7 +188,7 @@ def test_where_nothing_survives_nothing_moves(policy: GKV | KNorm) -> None:
     """A budget that window and tail fill by themselves leaves no block for candidates."""
     world = World(replace(SHAPES["holes"], keep=0))
     before = [cache.clone() for cache in world.caches]
-    world.scorer(policy, moves_tokens=True).compact(world.compaction(), world.table)
+    world.scorer(policy, moves_tokens=True).compact([(world.compaction(), world.table)])
     for cache, unchanged in zip(world.caches, before, strict=True):
         assert torch.equal(cache.nan_to_num(), unchanged.nan_to_num())
 
@@ -250,7 +250,7 @@ def test_only_what_is_remembered_has_a_past(shape: Shape) -> None:
             plane.fill_(stale)
             plane[world.ids(i, shape.candidates[:remembered])] = 0.5
         order = world.compaction(remembered=remembered)
-        world.scorer(ATTENTION_ONLY, moves_tokens=True).compact(order, world.table)
+        world.scorer(ATTENTION_ONLY, moves_tokens=True).compact([(order, world.table)])
         targets = [world.ids(i, order.targets) for i in range(shape.layers)]
         results.append([p[ids] for p, ids in zip(world.planes, targets, strict=True)])
     for other in results[1:]:
@@ -266,7 +266,7 @@ def test_history_lifts_a_token_that_the_present_window_ignores() -> None:
         plane[world.ids(i, shape.candidates)] = 0
         plane[world.ids(i, [lifted])] = 1.0
     order = world.compaction(remembered=len(shape.candidates))
-    world.scorer(ATTENTION_ONLY, moves_tokens=True).compact(order, world.table)
+    world.scorer(ATTENTION_ONLY, moves_tokens=True).compact([(order, world.table)])
     start = shape.live.index(lifted) * shape.block_size
     keys = cpu_layout.gather_keys(world.caches[0], world.ids(0, order.targets))
     for head in range(shape.kv_heads):
@@ -278,7 +278,7 @@ def test_recency_by_token_keeps_the_newest_candidates() -> None:
     shape = SHAPES["ragged_63_new_tokens_5_heads"]
     world = World(shape)
     order = world.compaction()
-    world.scorer(Recency(), moves_tokens=True).compact(order, world.table)
+    world.scorer(Recency(), moves_tokens=True).compact([(order, world.table)])
     count = shape.keep * shape.block_size
     end = (shape.candidates[-1] + 1) * shape.block_size
     keys = cpu_layout.gather_keys(world.caches[0], world.ids(0, order.targets))

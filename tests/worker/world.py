@@ -14,7 +14,7 @@ from gkv_vllm.ops import cpu_layout
 from gkv_vllm.ops.paged import PagedOps, ReferenceOps
 from gkv_vllm.policies.base import Policy
 from gkv_vllm.worker.layers import EvictedLayer
-from gkv_vllm.worker.rings import QueryRing, RingIndex
+from gkv_vllm.worker.rings import QueryRings, RingIndex
 from gkv_vllm.worker.scorer import Scorer
 
 NAN = float("nan")
@@ -117,7 +117,17 @@ class World:
         cpu_layout.write_tokens(cache, ids, self.keys[layer], self.values[layer])
 
     def scorer(self, policy: Policy, *, moves_tokens: bool = False, scope: str = "head") -> Scorer:
-        shape, index = self.shape, RingIndex(self.shape.window, torch.device("cpu"))
+        shape, cpu = self.shape, torch.device("cpu")
+        index = RingIndex(shape.window, 4096, cpu)
+        rings = QueryRings(
+            shape.window,
+            layers=shape.layers,
+            slots=SLOTS,
+            query_heads=shape.query_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+            device=cpu,
+        )
         paged = policy.needs.paged and moves_tokens
         layers = [
             EvictedLayer(
@@ -126,9 +136,8 @@ class World:
                 layer_group=0,
                 kv_cache=self.caches[i],
                 plane=self.planes[i] if paged else None,
-                ring=QueryRing(
-                    index, self.ops, SLOTS, shape.query_heads, shape.head_dim, shape.dtype
-                ),
+                ring=rings.of_layer(i),
+                ring_index=index,
                 mass=None,
                 kv_heads=shape.kv_heads,
                 head_dim=shape.head_dim,
@@ -147,18 +156,19 @@ class World:
             scope=scope,
             slots=SLOTS,
             max_blocks=shape.blocks + 3,
+            rings=rings,
+            ring_index=index,
         )
         self.record(scorer, SLOT)
         return scorer
 
     def record(self, scorer: Scorer, slot: int) -> None:
         """The window's queries reach the rings as a forward hands them over."""
-        ring = scorer.layers[0].ring
-        assert ring is not None
-        ring.index.fill([(Recording(slot, self.shape.tokens), 0, self.shape.window)])
+        assert scorer.ring_index is not None
+        scorer.ring_index.clear()
+        scorer.ring_index.fill([(Recording(slot, self.shape.tokens), 0, self.shape.window)])
         for layer, queries in zip(scorer.layers, self.queries, strict=True):
-            assert layer.ring is not None
-            layer.ring.store(queries.transpose(0, 1).contiguous())
+            layer.before_attention(queries.transpose(0, 1).contiguous())
 
     def selection(self, *, slot: int = SLOT, remembered: int = 0, event: int = 0) -> Selection:
         shape = self.shape
