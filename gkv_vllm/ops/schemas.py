@@ -80,6 +80,22 @@ def store_window_queries(*_: Any):
 
 
 @_operator(
+    "(Tensor(a!)[] kv_caches, Tensor(b!)[] planes, Tensor source_ids, Tensor target_ids, "
+    "Tensor target_places, Tensor keep) -> ()"
+)
+def compact_layers(*_: Any):
+    return None
+
+
+@_operator(
+    "(Tensor block_table, Tensor seq_lens, Tensor query_starts, Tensor slots, int block_size, "
+    "int window, Tensor(a!) live_table, Tensor(b!) live_lens, Tensor(c!) places) -> ()"
+)
+def prepare_step(*_: Any):
+    return None
+
+
+@_operator(
     "(Tensor block_table, Tensor seq_lens, int block_size)"
     " -> (Tensor live_table, Tensor live_lens, int rows_with_holes)"
 )
