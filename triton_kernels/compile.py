@@ -4,13 +4,12 @@
 
     python -m gkv_vllm.triton_kernels.compile --json FILE [--target cuda:90 cuda:100]
 
-Triton's package brings the assembler, so this runs on any machine."""
+Triton's package brings all tools, so this runs on any machine."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import pkgutil
 import re
 import subprocess
@@ -24,8 +23,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from .signatures import Signature
 
@@ -40,26 +38,37 @@ class Resources:
     registers: int
     """Per thread."""
     spills: int
-    """Bytes per thread that go to local memory for want of registers, stores and loads together."""
-    stack: int
-    """Bytes of local memory per thread."""
+    """Bytes of local memory per thread. A kernel has no arrays, so registers were not enough."""
     shared: int
     """Bytes of shared memory."""
     threads: int
 
 
 def compile_signature(signature: Signature, target: str = "cuda:90") -> Resources:
-    """Compile one specialisation for `cuda:<capability>` and let the assembler count.
+    """Compile one specialisation for `cuda:<capability>` and read what the binary says of itself.
 
     ValueError where the signature does not name all arguments, or where kernels are interpreted;
     whatever Triton raises where it does not compile."""
-    ptx, shared = to_ptx(signature, target)
-    found = _assemble(ptx, int(target.partition(":")[2]))
-    return Resources(**found, shared=shared, threads=32 * signature.num_warps)
+    compiled = compile_kernel(signature, target)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump does not say what the kernel uses: {usage}")
+    registers, stack, local = map(int, found.groups())
+    return Resources(
+        registers=registers,
+        spills=stack + local,
+        shared=compiled.metadata.shared,
+        threads=32 * signature.num_warps,
+    )
 
 
-def to_ptx(signature: Signature, target: str = "cuda:90") -> tuple[str, int]:
-    """The assembly of one specialisation, and its bytes of shared memory."""
+def compile_kernel(signature: Signature, target: str = "cuda:90") -> CompiledKernel:
+    """What Triton makes of one specialisation: `asm["ptx"]`, `asm["cubin"]` and more."""
     kernel, types, constants = signature.kernel, signature.signature, signature.constexprs
     label = f"{kernel.__name__} ({signature.name})"
     if triton.knobs.runtime.interpret:
@@ -83,36 +92,11 @@ def to_ptx(signature: Signature, target: str = "cuda:90") -> tuple[str, int]:
             (names.index(name),): [["tt.divisibility", 16]] for name in signature.divisible_by_16
         },
     )
-    compiled = triton.compile(
+    return triton.compile(
         source,
         target=GPUTarget("cuda", int(capability), 32),
         options={"num_warps": signature.num_warps, "num_stages": signature.num_stages},
     )
-    return compiled.asm["ptx"], compiled.metadata.shared
-
-
-def _assemble(ptx: str, capability: int) -> dict[str, int]:
-    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    assert architecture, "Triton's assembly names its target"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture[1]}", str(source)]
-        log = subprocess.run(
-            [*command, "-o", os.devnull], check=True, capture_output=True, text=True
-        ).stderr
-
-    def sum_of(pattern: str) -> int:
-        found = re.findall(pattern, log)
-        if not found:
-            raise RuntimeError(f"the assembler does not say '{pattern}': {log}")
-        return sum(map(int, found))
-
-    return {
-        "registers": sum_of(r"Used (\d+) registers"),
-        "spills": sum_of(r"(\d+) bytes spill"),
-        "stack": sum_of(r"(\d+) bytes stack frame"),
-    }
 
 
 def signatures() -> Iterator[tuple[str, Signature]]:

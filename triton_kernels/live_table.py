@@ -187,11 +187,10 @@ def _check(
         raise ValueError(f"{op}: live_table must not be block_table itself")
     check_int32(f"{op}: seq_lens", seq_lens, 1, device)
     check_int32(f"{op}: live_lens", live_lens, 1, device)
-    if seq_lens.shape[0] != rows or live_lens.shape[0] < rows:
-        raise ValueError(
-            f"{op}: seq_lens must be [{rows}] and live_lens at least that, "
-            f"got {tuple(seq_lens.shape)} and {tuple(live_lens.shape)}"
-        )
+    if seq_lens.shape[0] != rows:
+        raise ValueError(f"{op}: seq_lens must be [{rows}], got {tuple(seq_lens.shape)}")
+    if live_lens.shape[0] < rows:
+        raise ValueError(f"{op}: live_lens must be at least [{rows}], got {tuple(live_lens.shape)}")
 
 
 def _signatures() -> list[Signature]:

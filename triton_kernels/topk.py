@@ -33,8 +33,10 @@ def _topk_kernel(scores, kept, units, count, TILE: tl.constexpr):
     # The largest threshold that at least `count` scores reach. XOR sets the bit that is tried: of
     # the sign it takes the 1 away, which makes the number larger just so.
     threshold = tl.full([], -(2**31), tl.int32)
-    for tried in range(32):
-        higher = threshold ^ (1 << (31 - tried))
+    tried = tl.full([], -(2**31), tl.int32)
+    for _ in range(32):
+        higher = threshold ^ tried
+        tried = (tried >> 1) & 0x7FFFFFFF
         reach = tl.zeros([TILE], tl.int32)
         for start in range(0, units, TILE):
             at = start + offsets
