@@ -147,10 +147,10 @@ class KVPolicyConfig:
     )
     impl: str = _setting(
         "auto",
-        "what computes scores and moves tokens: the C++ operators (cpu), the readable torch form "
-        "(reference), or the fastest that is there (auto)",
+        "what computes scores and moves tokens: the C++ operators for CPU (cpu), the Triton kernels "
+        "for GPU (triton), the readable torch form (reference), or the fastest there is (auto)",
         kind=str,
-        choices=("auto", "reference", "cpu"),
+        choices=("auto", "reference", "cpu", "triton"),
     )
     policy_config: Mapping[str, Any] = _setting(
         None, "the policy's own parameters, as a JSON object", kind=Mapping

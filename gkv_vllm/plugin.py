@@ -27,7 +27,10 @@ CONFIG_KEY = "kv_policy"
 FLAG_GROUP = "KV cache eviction (gkv_vllm)"
 SCHEDULER = "gkv_vllm.engine.scheduler.GKVScheduler"
 ASYNC_SCHEDULER = "gkv_vllm.engine.scheduler.GKVAsyncScheduler"
-WORKER = "gkv_vllm.worker.worker.GKVCPUWorker"
+WORKERS = {
+    "cpu": "gkv_vllm.worker.cpu_worker.GKVCPUWorker",
+    "cuda": "gkv_vllm.worker.gpu_worker.GKVGPUWorker",
+}
 # The EngineArgs that came from a command line, by id: their errors end the process with a
 # sentence. Not a mark on the object, since `vllm bench` passes vars(engine_args) on.
 _from_cli: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -301,7 +304,7 @@ def activate(vllm_config: Any) -> None:
     scheduler_config.scheduler_cls = (
         ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
     )
-    vllm_config.parallel_config.worker_cls = WORKER
+    vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.device_config.device_type]
     # A new dict: vLLM shares this one with the caller's EngineArgs.
     vllm_config.additional_config = {
         **vllm_config.additional_config,

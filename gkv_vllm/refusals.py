@@ -16,7 +16,12 @@ from typing import Any
 from gkv_vllm.compat import SUPPORTED_VLLM
 from gkv_vllm.config import KVPolicyConfig
 
-CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+STOCK_WORKERS = {
+    "cpu": "vllm.v1.worker.cpu_worker.CPUWorker",
+    "cuda": "vllm.v1.worker.gpu_worker.Worker",
+}
+BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "TRITON_ATTN")}
+"""Attention backends that skip holes, by type of device."""
 SKIP_VERSION_CHECK = "GKV_SKIP_VERSION_CHECK"
 
 _PLAIN_CACHE_DTYPES = {"auto", "float16", "bfloat16", "float32"}
@@ -34,6 +39,9 @@ _WORKS = (
     "chunked prefill",
     "preemption",
     "asynchronous scheduling",
+    "tensor parallelism",
+    "CUDA graphs (FULL and PIECEWISE)",
+    "FlashAttention 2 and 3 (FLASH_ATTN), TRITON_ATTN, CPU_ATTN",
     "Model Runner V2 and V1",
     "sliding-window layers beside full-attention layers (left as they are)",
 )
@@ -90,7 +98,8 @@ def _rust_front_end(_: Any) -> bool:
 def _foreign_backends(config: Any) -> list[str]:
     attention = config.attention_config
     chosen = [attention.backend, *attention.backend_per_kind.values()]
-    return sorted({backend.name for backend in chosen if backend} - {"CPU_ATTN"})
+    usable = BACKENDS.get(config.device_config.device_type, ())
+    return sorted({backend.name for backend in chosen if backend} - {*usable})
 
 
 def _no_full_attention(config: Any) -> bool:
@@ -115,11 +124,38 @@ def _unified_partial_layers(config: Any) -> bool:
 
 
 def _other_device(config: Any) -> bool:
-    return config.device_config.device_type != "cpu"
+    return config.device_config.device_type not in STOCK_WORKERS or _is_rocm()
+
+
+def _is_rocm() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_rocm())
 
 
 def _custom_worker(config: Any) -> bool:
-    return not _other_device(config) and config.parallel_config.worker_cls != CPU_WORKER
+    stock = STOCK_WORKERS.get(config.device_config.device_type)
+    return stock is not None and config.parallel_config.worker_cls != stock
+
+
+def _settings(config: Any) -> KVPolicyConfig:
+    return KVPolicyConfig.from_mapping((config.additional_config or {}).get("kv_policy"))
+
+
+def _accumulates_on_gpu(config: Any) -> bool:
+    from gkv_vllm.policies import registry
+
+    if config.device_config.device_type == "cpu" or not _settings(config).active:
+        return False
+    settings = _settings(config)
+    return registry.create(settings.policy, settings.policy_config).needs.attention_mass
+
+
+def _reference_in_graphs(config: Any) -> bool:
+    on_gpu = config.device_config.device_type != "cpu"
+    return (
+        on_gpu and _settings(config).impl == "reference" and not config.model_config.enforce_eager
+    )
 
 
 REFUSALS: list[Refusal] = [
@@ -131,18 +167,11 @@ REFUSALS: list[Refusal] = [
         found=lambda _: vllm_version(),
     ),
     Refusal(
-        "devices other than the CPU",
+        "devices other than NVIDIA GPUs and CPUs",
         _other_device,
         "the device {found!r} yet",
-        "use vLLM's CPU build",
-        found=lambda config: config.device_config.device_type,
-    ),
-    Refusal(
-        "tensor parallelism",
-        lambda config: config.parallel_config.tensor_parallel_size > 1,
-        "tensor parallelism of {found} yet",
-        "use --tensor-parallel-size 1",
-        found=lambda config: config.parallel_config.tensor_parallel_size,
+        "use an NVIDIA GPU or vLLM's CPU build",
+        found=lambda config: "rocm" if _is_rocm() else config.device_config.device_type,
     ),
     Refusal(
         "pipeline parallelism",
@@ -178,11 +207,23 @@ REFUSALS: list[Refusal] = [
         "remove --speculative-config",
     ),
     Refusal(
-        "FlashInfer and every attention backend but CPU_ATTN",
+        "FlashInfer and every attention backend but FLASH_ATTN, TRITON_ATTN and CPU_ATTN",
         lambda config: bool(_foreign_backends(config)),
         "the attention backend {found} yet",
-        "remove --attention-backend or set it to CPU_ATTN",
+        "set --attention-backend to FLASH_ATTN or TRITON_ATTN on a GPU, to CPU_ATTN on a CPU",
         found=lambda config: ", ".join(_foreign_backends(config)),
+    ),
+    Refusal(
+        "accumulated attention (h2o) on a GPU",
+        _accumulates_on_gpu,
+        "a policy that sums up the attention of every query on a GPU yet",
+        "choose a policy that scores at evictions, such as gkv or snapkv",
+    ),
+    Refusal(
+        "impl=reference on a GPU with CUDA graphs",
+        _reference_in_graphs,
+        "the torch reference inside CUDA graphs",
+        "add --enforce-eager, or set --kv-impl auto",
     ),
     Refusal(
         "quantised KV cache",

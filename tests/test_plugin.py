@@ -324,9 +324,9 @@ def test_activation_names_our_scheduler_and_worker(active):
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     assert active.scheduler_config.scheduler_cls == plugin.SCHEDULER
-    assert active.parallel_config.worker_cls == plugin.WORKER
+    assert active.parallel_config.worker_cls == plugin.WORKERS["cpu"]
     assert issubclass(active.scheduler_config.get_scheduler_cls(), Scheduler)
-    assert issubclass(compat.resolve(plugin.WORKER.replace(".GKV", ":GKV"))[2], CPUWorker)
+    assert issubclass(compat.resolve(plugin.WORKERS["cpu"].replace(".GKV", ":GKV"))[2], CPUWorker)
     assert all(map(compat.wrapped, ON_ACTIVATION))
 
 

@@ -21,6 +21,7 @@ def healthy():
     """A stand-in for a VllmConfig that a policy runs with; one attribute is spoilt per test."""
     return SimpleNamespace(
         use_v2_model_runner=False,
+        additional_config={"kv_policy": {"policy": "gkv"}},
         speculative_config=None,
         kv_transfer_config=None,
         diffusion_config=None,
@@ -39,7 +40,7 @@ def healthy():
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             enable_dbo=False,
-            worker_cls=refusals.CPU_WORKER,
+            worker_cls=refusals.STOCK_WORKERS["cpu"],
         ),
         model_config=SimpleNamespace(
             use_mla=False,
@@ -53,6 +54,7 @@ def healthy():
             disable_sliding_window=False,
             hf_text_config=SimpleNamespace(),
             is_hybrid=False,
+            enforce_eager=False,
         ),
     )
 
@@ -66,8 +68,7 @@ def spoil(config, path, value):
 
 # path, value, the refusal's name, what the sentence must hold
 SPOILT = [
-    ("device_config.device_type", "cuda", "devices other than the CPU", "'cuda'"),
-    ("parallel_config.tensor_parallel_size", 2, "tensor parallelism", "of 2"),
+    ("device_config.device_type", "xpu", "devices other than NVIDIA GPUs and CPUs", "'xpu'"),
     ("parallel_config.pipeline_parallel_size", 4, "pipeline parallelism", "of 4"),
     ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism", "of 2"),
     ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism", "of 2"),

@@ -20,13 +20,6 @@ from gkv_vllm.engine.spec import GKVSpec
 from gkv_vllm.ops.live_table import LiveTable, squeeze
 
 
-class StepObserver(Protocol):
-    """Who wants to know that a forward is about to start."""
-
-    def __call__(self, metadata: CommonAttentionMetadata, live: CommonAttentionMetadata) -> None:
-        """Called once per step and KV cache group: with logical lengths, and with live ones."""
-
-
 class QuerySink(Protocol):
     """Who sees the queries of one attention layer: [tokens, query_heads, head_dim], rotated."""
 
@@ -57,11 +50,15 @@ def live_metadata(
     )
 
 
+Prepare = Callable[[CommonAttentionMetadata], CommonAttentionMetadata]
+"""Called once per step and KV cache group: the batch over live tables and live lengths."""
+
+
 class LiveTableBuilder(AttentionMetadataBuilder[Any]):
     """Metadata builder mixin: for evictable layers, attention sees the live table."""
 
-    observe: StepObserver | None = None
-    squeeze: Squeeze = staticmethod(squeeze)
+    prepare: Prepare | None = None
+    """Set once the caches are there. Before, batches only measure memory, and have no holes."""
 
     def build(
         self,
@@ -70,9 +67,10 @@ class LiveTableBuilder(AttentionMetadataBuilder[Any]):
         fast_build: bool = False,
     ) -> Any:
         if isinstance(self.kv_cache_spec, GKVSpec):
-            live = live_metadata(common_attn_metadata, self.kv_cache_spec.block_size, self.squeeze)
-            if self.observe is not None:
-                self.observe(common_attn_metadata, live)
+            live = self.prepare(common_attn_metadata) if self.prepare else common_attn_metadata
+            if live is not common_attn_metadata:
+                # What requests have in common may have holes; it is not worth a cascade then.
+                common_prefix_len = 0
             common_attn_metadata = live
         return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[safe-super]
 

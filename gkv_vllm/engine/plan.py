@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 PLAN_ATTRIBUTE = "gkv_plan"
 """Where a StepPlan rides on vLLM's SchedulerOutput."""
@@ -87,7 +87,7 @@ class StepPlan:
 class WorkerReport:
     """What the worker did and found in one step."""
 
-    scores: dict[str, tuple[int, Sequence[Sequence[float]]]]
+    scores: dict[str, tuple[int, Any]]
     """Per observed request: its epoch, and per layer group one score for each candidate.
 
     From a GPU they are NumPy arrays, whose numbers arrive together with the step's tokens."""

@@ -10,25 +10,19 @@ import torch
 from torch import Tensor
 
 from gkv_vllm.ops import schemas
-from gkv_vllm.ops.layers import EachLayer, LayerCaches, LayerOps
-from gkv_vllm.ops.layout import CPULayout, Layout
 from gkv_vllm.ops.live_table import LiveTable
+from gkv_vllm.ops.paged import ReferenceOps
 
 from gkv_vllm.ops import _cpu  # isort: skip  (after torch, whose libraries it needs)
 
 assert schemas.library is not None
 
 
-class CPUOps:
+class CPUOps(ReferenceOps):
     """Vectorised, with run-time dispatch on the instruction set, straight on the paged cache."""
 
-    layout: Layout = CPULayout()
-
-    def bind(self, caches: LayerCaches) -> LayerOps:
-        return EachLayer(self, caches)
-
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         """`cpu-` and the instruction set that runs: avx512, avx2 or baseline."""
         return f"cpu-{_cpu.isa()}"
 

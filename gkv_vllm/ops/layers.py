@@ -21,6 +21,9 @@ from gkv_vllm.ops import layout as layouts
 if TYPE_CHECKING:
     from gkv_vllm.ops.layout import Layout
     from gkv_vllm.ops.paged import PagedOps
+    from gkv_vllm.policies.base import GlobalScore
+    from gkv_vllm.policies.view import View
+    from gkv_vllm.worker.scorer import BlockMemory
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,10 @@ class LayerCaches:
 
     @cached_property
     def _stacked(self) -> tuple[Tensor, Tensor] | None:
-        """One tensor that all planes are slices of, and the slice of each layer, if there is one."""
+        """One tensor that all planes are slices of, and each layer's slice, if there is one."""
         assert self.planes is not None
-        base = self.planes[0]._base
-        step = self.planes[0].numel()
-        if base is None or any(
-            x._base is not base or x.storage_offset() % step for x in self.planes
-        ):
+        base, step = self.planes[0]._base, self.planes[0].numel()
+        if base is None or any(x._base is not base for x in self.planes):
             return None
         index = [x.storage_offset() // step for x in self.planes]
         return base.view(-1, *self.planes[0].shape), torch.tensor(index, device=self.device)
@@ -85,6 +85,8 @@ class LayerOps(Protocol):
     """What eviction computes for one request in all layers. Only `compact` writes."""
 
     caches: LayerCaches
+    fuses: bool
+    """Whether `global_scores` computes G-KV's score for all due requests in a few launches."""
 
     @property
     def name(self) -> str:
@@ -138,9 +140,19 @@ class LayerOps(Protocol):
         [layers, kv_heads or 1, targets * block_size] int64: ascending places among the source
         tokens, per head or for all. Writes K, V and the planes."""
 
+    def global_scores(
+        self, formula: GlobalScore, views: Sequence[View], memory: BlockMemory | None
+    ) -> list[Tensor]:
+        """The scores of `GKV.score` for all these requests: [layers, kv_heads, units] each.
+
+        Renews the history in place: in the planes, or in `memory` with block granularity. The
+        views need no history. Only where `fuses`."""
+
 
 class EachLayer:
     """`LayerOps` out of operators for one layer, called for each."""
+
+    fuses = False
 
     def __init__(self, ops: PagedOps, caches: LayerCaches) -> None:
         self.ops = ops
@@ -199,6 +211,11 @@ class EachLayer:
         planes: Sequence[Tensor | None] = self.caches.planes or [None] * self.caches.num_layers
         for i, cache in enumerate(self.caches.kv_caches):
             self.ops.compact(cache, planes[i], source_ids[i], target_ids[i], keep[i])
+
+    def global_scores(
+        self, formula: GlobalScore, views: Sequence[View], memory: BlockMemory | None
+    ) -> list[Tensor]:
+        raise NotImplementedError(f"{self.name} scores one request at a time")
 
     def _each(self, compute: Callable[[int, Tensor], Tensor]) -> Tensor:
         return torch.stack([compute(i, cache) for i, cache in enumerate(self.caches.kv_caches)])

@@ -38,7 +38,7 @@ class CPULayout:
 
 @dataclass(frozen=True)
 class GPULayout:
-    """FLASH_ATTN and TRITON_ATTN: a token's key, then its value. NHD or HND is a matter of strides."""
+    """FLASH_ATTN and TRITON_ATTN: a token's key, then its value; NHD or HND is in the strides."""
 
     def keys(self, kv_cache: Tensor) -> Tensor:
         return kv_cache[..., : kv_cache.shape[-1] // 2]

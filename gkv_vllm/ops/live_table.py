@@ -43,3 +43,42 @@ def squeeze(block_table: Tensor, seq_lens: Tensor, block_size: int) -> LiveTable
     squeezed[columns < live_blocks[:, None]] = rows[live]
     live_lengths = (lengths - holes * block_size).astype(lengths.dtype)
     return LiveTable(torch.from_numpy(squeezed), torch.from_numpy(live_lengths))
+
+
+def prepare_step(
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_starts: Tensor,
+    slots: Tensor,
+    block_size: int,
+    live: Tensor,
+    live_lens: Tensor,
+    places: Tensor | None,
+    window: int,
+) -> None:
+    """`squeeze` and the ring places of a batch, into tensors that keep their address.
+
+    The readable form of the kernels of that name: torch, on any device, without a wait. All int32:
+    block_table [rows, width], seq_lens [rows] (0 for rows that pad the batch), query_starts
+    [rows + 1], slots [rows] (-1: queries are not kept). Writes live [rows, width], of which what
+    follows a row's live blocks is 0 up to the row's used blocks and undefined behind them;
+    live_lens [rows]; and places [tokens], if given: where in the rings each token's query goes,
+    `slot * window + position % window` for the last `window` of a request that is kept, else -1.
+    """
+    rows, width = block_table.shape
+    columns = torch.arange(width, device=block_table.device)
+    used = ((seq_lens + block_size - 1) // block_size)[:, None]
+    is_live = (block_table != NULL_BLOCK) & (columns < used)
+    order = is_live.logical_not().to(torch.uint8).argsort(1, stable=True)
+    count = is_live.sum(1, keepdim=True, dtype=torch.int32)
+    live.copy_(block_table.gather(1, order).masked_fill(columns >= count, 0))
+    live_lens.copy_(seq_lens - (used - count)[:, 0] * block_size)
+    if places is None:
+        return
+    token = torch.arange(len(places), device=places.device)
+    row = torch.searchsorted(query_starts[1:].contiguous(), token.int(), right=True)
+    in_batch, row = row < rows, row.clamp(max=rows - 1)
+    behind = query_starts[1:][row] - 1 - token  # tokens of the request that are newer
+    position, slot = seq_lens[row] - 1 - behind, slots[row]
+    place = slot * window + position % window
+    places.copy_(torch.where(in_batch & (behind < window) & (slot >= 0), place, -1))

@@ -9,6 +9,7 @@ layers that scoring calls (`ops/layers.py`)."""
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 import torch
@@ -18,8 +19,8 @@ from gkv_vllm.ops import layout as layouts
 from gkv_vllm.ops import reference
 from gkv_vllm.ops import topk as _topk
 from gkv_vllm.ops.layers import EachLayer, LayerCaches, LayerOps
-from gkv_vllm.ops.layout import CPULayout, Layout
-from gkv_vllm.ops.live_table import LiveTable, squeeze
+from gkv_vllm.ops.layout import CPULayout, GPULayout, Layout
+from gkv_vllm.ops.live_table import LiveTable, prepare_step, squeeze
 
 
 class PagedOps(Protocol):
@@ -111,6 +112,20 @@ class PagedOps(Protocol):
         self, block_table: Tensor, seq_lens: Tensor, block_size: int
     ) -> LiveTable:
         """`live_table.squeeze`."""
+
+    def prepare_step(
+        self,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        query_starts: Tensor,
+        slots: Tensor,
+        block_size: int,
+        live: Tensor,
+        live_lens: Tensor,
+        places: Tensor | None,
+        window: int,
+    ) -> None:
+        """`live_table.prepare_step`: the live table at addresses that stay, without a wait."""
 
 
 class ReferenceOps:
@@ -213,15 +228,39 @@ class ReferenceOps:
     ) -> LiveTable:
         return squeeze(block_table, seq_lens, block_size)
 
+    def prepare_step(
+        self,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        query_starts: Tensor,
+        slots: Tensor,
+        block_size: int,
+        live: Tensor,
+        live_lens: Tensor,
+        places: Tensor | None,
+        window: int,
+    ) -> None:
+        prepare_step(
+            *(block_table, seq_lens, query_starts, slots, block_size),
+            *(live, live_lens, places, window),
+        )
 
-def resolve(impl: str) -> PagedOps:
-    """The operators that `kv_policy impl` asks for: `auto`, `reference` or `cpu`.
+
+IMPLS = ("auto", "reference", "cpu", "triton")
+
+
+def resolve(impl: str, device: str = "cpu") -> PagedOps:
+    """The operators that `kv_policy impl` asks for on this type of device (`cpu` or `cuda`).
 
     ValueError where they are asked for by name and this installation does not have them."""
-    if impl not in ("auto", "reference", "cpu"):
-        raise ValueError(f"unknown impl '{impl}'; valid: auto, reference, cpu")
+    if impl not in IMPLS:
+        raise ValueError(f"unknown impl '{impl}'; valid: {', '.join(IMPLS)}")
+    if device != "cpu":
+        return _resolve_gpu(impl)
     if impl == "reference":
         return ReferenceOps()
+    if impl == "triton":
+        return _interpreted()
     try:
         from gkv_vllm.ops.cpu import CPUOps
     except ImportError as error:
@@ -233,6 +272,27 @@ def resolve(impl: str) -> PagedOps:
             "impl=auto"
         ) from error
     return CPUOps()
+
+
+def _resolve_gpu(impl: str) -> PagedOps:
+    if impl == "cpu":
+        raise ValueError("kv_policy impl=cpu, but the model runs on a GPU; set impl=auto")
+    if impl == "reference":
+        return ReferenceOps(GPULayout())
+    from gkv_vllm.ops.triton import TritonOps
+
+    return TritonOps()
+
+
+def _interpreted() -> PagedOps:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "kv_policy impl=triton, but the model runs on the CPU, where only Triton's interpreter "
+            "runs kernels, for tests (TRITON_INTERPRET=1); set impl=auto"
+        )
+    from gkv_vllm.ops.triton import TritonOps
+
+    return TritonOps(CPULayout())
 
 
 def describe() -> str:

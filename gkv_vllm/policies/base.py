@@ -41,6 +41,17 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class GlobalScore:
+    """The numbers of G-KV's formula (`GKV`), for operators that compute it in a few launches."""
+
+    alpha: float
+    score_weight: float
+    temperature: float
+    redundancy: Literal["exact", "block", "none"]
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True)
 class Policy:
     """What stays and what goes. A higher score means: keep.
 
@@ -72,6 +83,10 @@ class Policy:
     def combine(self, scores: Tensor) -> Tensor:
         """What n layers and heads sharing a kept set agree on: [..., n, units] -> [..., units]."""
         return scores.mean(-2)
+
+    def global_score(self) -> GlobalScore | None:
+        """The policy as numbers of one formula, if `update` and `score` are that formula."""
+        return None
 
     @property
     def combine_ranks(self) -> Literal["mean", "max"]:

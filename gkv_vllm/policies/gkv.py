@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from gkv_vllm.ops import reference as ops
-from gkv_vllm.policies.base import Needs, Policy
+from gkv_vllm.policies.base import GlobalScore, Needs, Policy
 from gkv_vllm.policies.registry import register_policy
 
 if TYPE_CHECKING:
@@ -106,6 +106,17 @@ class GKV(Policy):
         if variant.normalised:
             redundancy = ops.normalise(redundancy)
         return weight * importance - (1 - weight) * view.units(redundancy, by="mean")
+
+    def global_score(self) -> GlobalScore | None:
+        variant = VARIANTS[self.variant]
+        if self.history != "max" or not variant.normalised or variant.pools_first:
+            return None
+        return GlobalScore(
+            alpha=self.alpha,
+            score_weight=variant.score_weight if self.score_weight is None else self.score_weight,
+            temperature=variant.temperature if self.temperature is None else self.temperature,
+            redundancy=self.redundancy or variant.redundancy,  # type: ignore[arg-type]
+        )
 
     def _importance(self, view: View) -> Tensor:
         """F; pooled at Zipage's first eviction, where nothing has a past and F is S."""

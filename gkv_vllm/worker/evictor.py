@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,6 +18,7 @@ from gkv_vllm.worker.runner import RunnerAdapter
 from gkv_vllm.worker.scorer import BlockTable, Scorer
 
 if TYPE_CHECKING:
+    import numpy as np
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 T = TypeVar("T")
@@ -42,13 +43,18 @@ class Evictor:
         self.ring_index = ring_index
         self.mass_index = mass_index
         self.plan: StepPlan | None = None
+        self.in_step = False
+        """Whether a batch is a step of the engine, and not one that warms up or is captured."""
         self._events = 0
         self._seconds = 0.0
 
-    def begin(self, plan: StepPlan | None) -> None:
-        """Before the runner builds its inputs, and before it writes or zeroes any block."""
-        self.plan = plan
+    def begin(self, plan: StepPlan | None, gone: Iterable[str] = ()) -> None:
+        """Before the runner builds its inputs, and before it writes or zeroes any block.
+
+        gone: requests that ended or were preempted since the last step."""
+        self.plan, self.in_step = plan, True
         self._clear_indices()
+        self.runner.forget(gone)
         if plan is None:
             return
         orders = [(order, self._table(id_)) for id_, order in plan.compact.items()]
@@ -60,6 +66,7 @@ class Evictor:
             for group, layer_group in self.layer_group_of.items():
                 blocks = dropped[layer_group]
                 self.runner.set_blocks(request_id, group, blocks, [NULL_BLOCK] * len(blocks))
+            self.runner.lost(request_id, len(dropped[0]))
         self.scorer.reset(plan.reset)
 
     def begin_forward(
@@ -86,9 +93,22 @@ class Evictor:
                 {rows[request_id]: tokens for request_id, tokens in self.plan.accumulate.items()},
             )
 
+    def slots(self, metadata: CommonAttentionMetadata, rows: int) -> list[int] | None:
+        """The ring slot of each row of the batch, -1 where its queries are not kept."""
+        if self.plan is None or not self.plan.record:
+            return None
+        slots, row_of = [-1] * rows, self.runner.batch(metadata)
+        for request_id, recording in self.plan.record.items():
+            slots[row_of[request_id]] = recording.slot
+        return slots
+
+    def holes(self, metadata: CommonAttentionMetadata) -> np.ndarray | None:
+        """How many blocks each request of the batch has lost: [rows that are not padding]."""
+        return self.runner.holes(metadata) if self.in_step else None
+
     def finish(self) -> WorkerReport | None:
         """After the forward: what happened in this step, if anything did."""
-        plan, self.plan = self.plan, None
+        plan, self.plan, self.in_step = self.plan, None, False
         # A dummy batch may run before the next plan: it must leave no trace.
         self._clear_indices()
         observed = plan.observe if plan else {}

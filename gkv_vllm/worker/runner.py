@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
     from vllm.v1.attention.backend import CommonAttentionMetadata
-
-    from gkv_vllm.worker.evictor import Evictor
 
 
 class RunnerAdapter(Protocol):
@@ -30,11 +29,22 @@ class RunnerAdapter(Protocol):
     def batch(self, metadata: CommonAttentionMetadata) -> dict[str, int]:
         """Request id to row of the batch whose metadata is built."""
 
+    def lost(self, request_id: str, blocks: int) -> None:
+        """The request has so many holes more, in each KV cache group."""
 
-def watch_builders(model_runner: Any, evictor: Evictor, groups: list[int]) -> None:
-    """Tell the evictor about each batch of these KV cache groups; squeeze with its operators."""
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """These requests gave all their blocks back."""
+
+    def holes(self, metadata: CommonAttentionMetadata) -> np.ndarray | None:
+        """How many holes each request of the batch has, in order of its rows; None for none."""
+
+
+def watch_builders(
+    model_runner: Any, prepare: Callable[[int], Callable[[Any], Any]], groups: list[int]
+) -> None:
+    """Let the metadata builders of these KV cache groups prepare each batch before they use it."""
     for group in groups:
+        of_group = prepare(group)
         for attention_group in model_runner.attn_groups[group]:
             for builder in attention_group.metadata_builders:
-                builder.observe = partial(evictor.begin_forward, group)
-                builder.squeeze = evictor.scorer.ops.squeeze_live_table
+                builder.prepare = of_group

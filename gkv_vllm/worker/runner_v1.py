@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ class V1Runner:
 
     def __init__(self, model_runner: Any) -> None:
         self.runner = model_runner
+        self._holes: dict[str, int] = {}
 
     def set_blocks(self, request_id: str, group: int, blocks: list[int], ids: list[int]) -> None:
         """A row is rebuilt from the request's state when it re-enters the batch, so write both."""
@@ -37,3 +40,15 @@ class V1Runner:
 
     def batch(self, metadata: CommonAttentionMetadata) -> dict[str, int]:
         return self.runner.input_batch.req_id_to_index
+
+    def lost(self, request_id: str, blocks: int) -> None:
+        self._holes[request_id] = self._holes.get(request_id, 0) + blocks
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._holes.pop(request_id, None)
+
+    def holes(self, metadata: CommonAttentionMetadata) -> np.ndarray | None:
+        if not self._holes:
+            return None
+        return np.array([self._holes.get(id_, 0) for id_ in self.runner.input_batch.req_ids])

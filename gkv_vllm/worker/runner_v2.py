@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +24,8 @@ class V2Runner:
 
     def __init__(self, model_runner: Any) -> None:
         self.runner = model_runner
+        self._holes = np.zeros(model_runner.max_num_reqs, dtype=np.int32)
+        """By vLLM's index of a request, as the rows of its tables."""
 
     def set_blocks(self, request_id: str, group: int, blocks: list[int], ids: list[int]) -> None:
         """Stage one write for each run of neighbouring blocks."""
@@ -41,3 +46,19 @@ class V2Runner:
         assert metadata.req_idx is not None
         names = self.runner.req_states.index_to_req_id
         return {names[index]: row for row, index in enumerate(metadata.req_idx.tolist())}
+
+    def lost(self, request_id: str, blocks: int) -> None:
+        index = self.runner.req_states.req_id_to_index.get(request_id)
+        if index is not None:
+            self._holes[index] += blocks
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Before vLLM gives their indices to others."""
+        indices = self.runner.req_states.req_id_to_index
+        for request_id in request_ids:
+            if (index := indices.get(request_id)) is not None:
+                self._holes[index] = 0
+
+    def holes(self, metadata: CommonAttentionMetadata) -> np.ndarray | None:
+        assert metadata.req_idx is not None
+        return self._holes[metadata.req_idx]

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,18 @@ from gkv_vllm.worker.rings import QueryRings, RingIndex
 
 BlockTable = Callable[[int], Tensor]
 """A request's block table by KV cache group, as `RunnerAdapter.row` gives it."""
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """Where block granularity keeps what a policy remembers of the requests that are scored."""
+
+    history: Tensor
+    """[slots, layers, kv_heads, blocks] float32, by logical block"""
+    slots: list[int]
+    """Of each request."""
+    candidates: list[Sequence[Sequence[int]]]
+    """The candidates of each request in each layer, or once if all layers agree."""
 
 
 class Scorer:
@@ -88,13 +100,9 @@ class Scorer:
 
     def block_scores(self, observed: Sequence[tuple[Selection, BlockTable]]) -> list[Tensor]:
         """One score for each candidate block of each request: [layer_groups, candidates]."""
+        combine = self.policy.combine
         combined = [
-            torch.stack(
-                [
-                    self.policy.combine(scores[members].flatten(0, 1))
-                    for members in self.layer_groups
-                ]
-            )
+            torch.stack([combine(scores[members].flatten(0, 1)) for members in self.layer_groups])
             for chunk in self._chunks(observed)
             for scores, _ in self._score(chunk)
         ]
@@ -186,7 +194,23 @@ class Scorer:
 
     def _score(self, due: list[tuple[Selection, BlockTable]]) -> list[tuple[Tensor, View]]:
         """Per request the scores [layers, kv_heads, units], and the view that they come from."""
-        return [self._score_one(seen, self._view(seen, table)) for seen, table in due]
+        views = [self._view(seen, table) for seen, table in due]
+        formula = self.policy.global_score() if self.ops.fuses else None
+        if formula is None:
+            return [self._score_one(seen, view) for (seen, _), view in zip(due, views, strict=True)]
+        memory = None
+        if self.history is not None:
+            memory = BlockMemory(self.history, *self._remembered([seen for seen, _ in due]))
+        scores = self.ops.global_scores(formula, views, memory)
+        return list(zip(scores, views, strict=True))
+
+    def _remembered(
+        self, due: Sequence[Selection]
+    ) -> tuple[list[int], list[Sequence[Sequence[int]]]]:
+        of_layer = [layer.layer_group for layer in self.layers]
+        groups = of_layer if len(self.layer_groups) > 1 else of_layer[:1]
+        slots = [seen.slot for seen in due if seen.slot is not None]
+        return slots, [[seen.candidates[group] for group in groups] for seen in due]
 
     def _score_one(self, seen: Selection, view: View) -> tuple[Tensor, View]:
         if self.policy.needs.history:

@@ -1,45 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""vLLM's workers with eviction: specs, memory for rings and history, calls around a step."""
+"""What every worker does for eviction: specs, memory beside the cache, calls around a step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from gkv_vllm.attention import cpu as cpu_attention
-from gkv_vllm.attention.wrap import ObservedImpl
+from gkv_vllm.attention.wrap import ObservedImpl, live_metadata
 from gkv_vllm.config import ConfigError, KVPolicyConfig
 from gkv_vllm.engine.footprint import blocks_for, slot_count
 from gkv_vllm.engine.plan import PLAN_ATTRIBUTE, REPORT_ATTRIBUTE, WorkerReport
 from gkv_vllm.engine.spec import GKVSpec, split_layers
 from gkv_vllm.ops import paged
 from gkv_vllm.policies import registry
+from gkv_vllm.worker.device_batch import DeviceBatch
 from gkv_vllm.worker.evictor import Evictor
 from gkv_vllm.worker.layers import EvictedLayer
 from gkv_vllm.worker.mass import MassIndex
+from gkv_vllm.worker.ranks import Ranks
 from gkv_vllm.worker.rings import QueryRings, RingIndex
-from gkv_vllm.worker.runner import watch_builders
+from gkv_vllm.worker.runner import RunnerAdapter, watch_builders
 from gkv_vllm.worker.runner_v1 import V1Runner
 from gkv_vllm.worker.runner_v2 import V2Runner
 from gkv_vllm.worker.scorer import Scorer, history_bytes, plane_bytes, ring_bytes
 
 if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 logger = init_logger(f"vllm.{__name__}")
 
+SCORED_TOGETHER = 32768
+"""Live tokens of requests that a GPU scores at once; what it takes is set aside at start-up."""
+WORK_ARRAYS = 4
+"""Float32 arrays of one number per layer, KV head and token that scoring holds at a time."""
+
 
 class EvictionWorkerMixin(Worker):
-    """What every worker does for eviction; a subclass names the platform's worker and backend."""
+    """Eviction for any of vLLM's workers; `cpu_worker` and `gpu_worker` say which."""
+
+    usable_backends: tuple[str, ...] = ()
+    """Attention backends that are wrapped on this platform."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,6 +90,9 @@ class EvictionWorkerMixin(Worker):
         beside = self._plane_bytes(specs)
         slot_bytes = self._slot_bytes(specs)
         slots = self._slots(pool, specs[0].block_size) if slot_bytes else 0
+        work = self._work_bytes(specs)
+        if work:
+            logger.info("KV policy: %.1f MiB are set aside for scoring", work / 2**20)
         logger.info(
             "KV policy %s: query rings and block history take %.1f KiB per request, %.1f MiB for "
             "%d requests; scores of tokens take %.2f %% of the KV cache, %d bytes per token",
@@ -89,7 +103,7 @@ class EvictionWorkerMixin(Worker):
             100 * beside / block_bytes,
             beside // specs[0].block_size,
         )
-        return int((available - slots * slot_bytes) * block_bytes / (block_bytes + beside))
+        return int((available - work - slots * slot_bytes) * block_bytes / (block_bytes + beside))
 
     def _slots(self, pool_blocks: int, block_size: int) -> int:
         return slot_count(
@@ -117,6 +131,13 @@ class EvictionWorkerMixin(Worker):
         in_slots = needs.history and not self.kv_policy.moves_tokens
         return rings * needs.queries + history * in_slots
 
+    def _work_bytes(self, specs: list[GKVSpec]) -> int:
+        """What scoring takes on a GPU, where vLLM leaves nothing of the memory unused."""
+        if not self.on_gpu:
+            return 0
+        tokens = max(SCORED_TOGETHER, self.model_config.max_model_len)
+        return 4 * WORK_ARRAYS * len(specs) * specs[0].num_kv_heads * tokens
+
     def _plane_bytes(self, specs: list[GKVSpec]) -> int:
         """One number per token, for each KV block."""
         if not self._has_planes():
@@ -139,19 +160,20 @@ class EvictionWorkerMixin(Worker):
         block_size = next(spec.block_size for _, spec in owners.values())
         slots = self._slots(kv_cache_config.num_blocks, block_size)
         needs = self.policy.needs
-        rings, ring_index = (
-            self._query_rings(slots, list(owners)) if needs.queries else (None, None)
-        )
+        rings, ring_index = None, None
+        if needs.queries:
+            rings, ring_index = self._query_rings(slots, list(owners))
         mass_index = MassIndex() if needs.attention_mass else None
-        ops = paged.resolve(self.kv_policy.impl)
+        ops = paged.resolve(self.kv_policy.impl, self.device.type)
         planes = self._planes(kv_cache_config, owners, block_size) if self._has_planes() else {}
-        layers = []
+        layers: list[EvictedLayer] = []
         for name, (group, spec) in owners.items():
             impl, cache = self._layer(name).impl, self._layer(name).kv_cache
             if not isinstance(impl, ObservedImpl):
                 raise ConfigError(
                     f"attention layer {name} runs {type(impl).__name__}, which would read evicted "
-                    "blocks; serve this model without --kv-policy"
+                    f"blocks; set --attention-backend to {' or '.join(self.usable_backends)}, or "
+                    "serve this model without --kv-policy"
                 )
             layer = EvictedLayer(
                 ops=ops,
@@ -182,13 +204,47 @@ class EvictionWorkerMixin(Worker):
             max_blocks=blocks_for(self.model_config.max_model_len, block_size),
             rings=rings,
             ring_index=ring_index,
+            ranks=self._ranks(),
+            together=SCORED_TOGETHER if self.on_gpu else 0,
         )
-        runner = (V2Runner if self.use_v2_model_runner else V1Runner)(self.model_runner)
+        runner: RunnerAdapter = (V2Runner if self.use_v2_model_runner else V1Runner)(
+            self.model_runner
+        )
         evictor = Evictor(
             runner, scorer, layer_group_of, ring_index=ring_index, mass_index=mass_index
         )
-        watch_builders(self.model_runner, evictor, list(layer_group_of))
+        first, *_ = layer_group_of
+
+        def prepare(group: int) -> Callable[[Any], Any]:
+            if not self.on_gpu:
+                return partial(_prepare_on_host, evictor, ops, block_size, group)
+            return DeviceBatch(
+                evictor,
+                ops,
+                group=group,
+                block_size=block_size,
+                max_rows=self._max_rows(),
+                ring_index=ring_index if group == first else None,
+                device=self.device,
+            )
+
+        watch_builders(self.model_runner, prepare, list(layer_group_of))
         return evictor
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type != "cpu"
+
+    def _max_rows(self) -> int:
+        """The most rows of a batch: a CUDA graph may pad it beyond the most requests."""
+        padded = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        return max(self.scheduler_config.max_num_seqs, padded)
+
+    def _ranks(self) -> Ranks:
+        if self.parallel_config.tensor_parallel_size == 1:
+            return Ranks()
+        group = get_tp_group()
+        return Ranks(group.device_group if self.on_gpu else group.cpu_group)
 
     def _planes(
         self, kv_cache_config: KVCacheConfig, layers: Iterable[str], block_size: int
@@ -245,7 +301,10 @@ class EvictionWorkerMixin(Worker):
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         assert self.evictor is not None
-        self.evictor.begin(getattr(scheduler_output, PLAN_ATTRIBUTE, None))
+        self.evictor.begin(
+            getattr(scheduler_output, PLAN_ATTRIBUTE, None),
+            scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set()),
+        )
         output = super().execute_model(scheduler_output)
         report = self.evictor.finish()
         if report is not None:
@@ -260,12 +319,16 @@ class EvictionWorkerMixin(Worker):
         return output
 
 
-class GKVCPUWorker(EvictionWorkerMixin, CPUWorker):
-    """Eviction in vLLM's CPU worker."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        cpu_attention.register()
-        super().__init__(*args, **kwargs)
+def _prepare_on_host(
+    evictor: Evictor,
+    ops: paged.PagedOps,
+    block_size: int,
+    group: int,
+    metadata: CommonAttentionMetadata,
+) -> CommonAttentionMetadata:
+    live = live_metadata(metadata, block_size, ops.squeeze_live_table)
+    evictor.begin_forward(group, metadata, live)
+    return live
 
 
 def _returned(output: Any) -> Any:

@@ -412,8 +412,11 @@ class Recorder:
 
 def build(vllm_config: VllmConfig, spec_type: type[FullAttentionSpec]) -> Any:
     spec = spec_type(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
-    builder = GKVCPUAttentionBackend.get_builder_cls()
-    return builder(spec, ["layer"], vllm_config, torch.device("cpu"))
+    builder = GKVCPUAttentionBackend.get_builder_cls()(
+        spec, ["layer"], vllm_config, torch.device("cpu")
+    )
+    builder.prepare = lambda metadata: live_metadata(metadata, 32)
+    return builder
 
 
 def forward(vllm_config: VllmConfig, builder: Any, step: Step, sink: Recorder | None) -> Tensor:
@@ -442,7 +445,7 @@ def test_the_wrapped_backend_attends_to_the_survivors(vllm_config: VllmConfig, b
 def test_the_observer_sees_both_batches_and_the_sink_its_queries(vllm_config: VllmConfig) -> None:
     step = Step(batches(32)["mixed"], TINY_HEADS, 32)
     builder, recorder = build(vllm_config, GKVSpec), Recorder()
-    builder.observe = recorder.observe
+    builder.prepare = recorder.prepare
     forward(vllm_config, builder, step, recorder)
     (logical,), (live,) = recorder.logical, recorder.live
     assert logical.seq_lens.tolist() == [row.tokens for row in step.rows]
@@ -455,7 +458,7 @@ def test_the_observer_sees_both_batches_and_the_sink_its_queries(vllm_config: Vl
 def test_layers_that_are_not_evictable_are_left_alone(vllm_config: VllmConfig) -> None:
     step = Step([Row(129, 1), Row(70, 33)], TINY_HEADS, 32)
     builder, recorder = build(vllm_config, FullAttentionSpec), Recorder()
-    builder.observe = recorder.observe
+    builder.prepare = recorder.prepare
     step.table[0, 0] = 0
     built = builder.build(0, step.metadata())
     assert built.block_table is step.table

@@ -143,8 +143,8 @@ class InProcessEngine:
         evictor = self.worker.evictor
         original = evictor.begin
 
-        def begin(plan: Any) -> None:
-            original(plan)
+        def begin(plan: Any, *rest: Any) -> None:
+            original(plan, *rest)
             look(plan)
 
         evictor.begin = begin

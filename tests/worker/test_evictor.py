@@ -43,6 +43,12 @@ class Runner:
     def batch(self, metadata: Any) -> dict[str, int]:
         return self.rows
 
+    def lost(self, request_id: str, blocks: int) -> None:
+        pass
+
+    def forget(self, request_ids: Any) -> None:
+        pass
+
 
 class Scorer:
     def __init__(self, log: list[Any]) -> None:

@@ -99,7 +99,7 @@ def test_block_history_decays_and_keeps_the_larger_score(shape: Shape) -> None:
     scorer = first.scorer(policy)
     block_scores(first, scorer)
     for layer, cache in zip(scorer.layers, second.caches, strict=True):
-        layer.kv_cache = cache
+        layer.kv_cache.copy_(cache)
     second.record(scorer, SLOT)
     found = block_scores(second, scorer, remembered=len(shape.candidates), event=1)
     best = [normalised(w).unflatten(-1, (-1, shape.block_size)).amax(-1) for w in (first, second)]
@@ -312,8 +312,8 @@ def test_the_reserved_bytes_are_the_allocated_bytes(shape: Shape) -> None:
     world = World(shape)
     scorer = world.scorer(GKV())
     assert scorer.history is not None
-    rings = sum(layer.ring.queries.nbytes for layer in scorer.layers if layer.ring)
-    assert rings == SLOTS * ring_bytes(
+    assert scorer.rings is not None
+    assert scorer.rings.queries.nbytes == SLOTS * ring_bytes(
         layers=shape.layers,
         query_heads=shape.query_heads,
         head_dim=shape.head_dim,
