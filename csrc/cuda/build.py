@@ -25,8 +25,9 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-HERE = Path(__file__).parent
-LIBRARY = HERE.parents[1] / "gkv_vllm" / "ops" / "_cuda.abi3.so"
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = ROOT / "gkv_vllm" / "ops" / "_cuda.abi3.so"
+FOLDER = "csrc/cuda"  # compiled from the root, so that messages name no machine's folders
 KERNELS = ("compact.cu", "step.cu")
 SOURCES = (*KERNELS, "ops.cpp")
 ARCHITECTURES = ("80", "90", "100")
@@ -78,7 +79,7 @@ def build(output: Path = LIBRARY, architectures: tuple[str, ...] | None = None) 
         _run(_nvcc(), "-shared", *empty, "-o", str(stub))
         libraries = (f"-L{scratch}", "-ltorch_cuda", f"-L{torch / 'lib'}", "-ltorch_cpu")
         needed = ("-Xlinker", "--no-as-needed", *libraries, "-cudart", "shared")
-        _run(_nvcc(), "-shared", *objects, *needed, "-o", str(output))
+        _run(_nvcc(), "-shared", *objects, *needed, "-o", str(output.resolve()))
     return output
 
 
@@ -93,7 +94,7 @@ def compile_command(source: str, architectures: tuple[str, ...]) -> tuple[str, .
     includes = ("-isystem", str(_torch() / "include"), "-isystem", sysconfig.get_path("include"))
     return (
         _nvcc(),
-        str(HERE / source),
+        f"{FOLDER}/{source}",
         "-std=c++20",
         "-O3",
         "-Xcompiler",
@@ -177,7 +178,7 @@ def _torch() -> Path:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise BuildError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr

@@ -104,7 +104,7 @@ class Check {
     device(x, what);
     const auto dims = static_cast<int64_t>(size.size());
     bool same = x.scalar_type() == type && x.dim() == dims &&
-                (x.size(dims - 1) <= 1 || x.stride(dims - 1) == 1);
+                (x.numel() == 0 || x.size(dims - 1) == 1 || x.stride(dims - 1) == 1);
     for (int64_t i = 0; same && i < dims; ++i) {
       const int64_t wanted = size.begin()[i], found = x.size(i);
       same = wanted < 0 || found == wanted || (more_rows && i == 0 && found > wanted);
@@ -264,7 +264,8 @@ void store_window_queries(const Tensor& queries, const Tensor& places, const Ten
   STD_TORCH_CHECK(queries.dim() == 3 && ring.dim() == 3 && ring.is_contiguous() &&
                       queries.scalar_type() == ring.scalar_type() &&
                       queries.size(1) == ring.size(1) && queries.size(2) == ring.size(2) &&
-                      queries.stride(2) == 1 && queries.stride(1) == queries.size(2),
+                      queries.stride(2) == 1 &&
+                      (queries.size(1) == 1 || queries.stride(1) == queries.size(2)),
                   op, ": queries and ring must both be [tokens, query_heads, head_dim], got ",
                   Check::shape_of(queries), " and ", Check::shape_of(ring));
   check.buffer(places, ScalarType::Int, {queries.size(0)}, "places [tokens] int32");
