@@ -79,7 +79,7 @@ def build(output: Path = LIBRARY, architectures: tuple[str, ...] | None = None) 
         _run(_nvcc(), "-shared", *empty, "-o", str(stub))
         libraries = (f"-L{scratch}", "-ltorch_cuda", f"-L{torch / 'lib'}", "-ltorch_cpu")
         needed = ("-Xlinker", "--no-as-needed", *libraries, "-cudart", "shared")
-        _run(_nvcc(), "-shared", *objects, *needed, "-o", str(output.resolve()))
+        _run(_nvcc(), "-shared", "-nodlink", *objects, *needed, "-o", str(output.resolve()))
     return output
 
 
@@ -91,7 +91,10 @@ def compile_command(source: str, architectures: tuple[str, ...]) -> tuple[str, .
         f"-DPy_LIMITED_API={PYTHON_ABI}",
         f'-DGKV_ARCHITECTURES="{",".join(f"sm_{x}" for x in architectures)}"',
     )
-    includes = ("-isystem", str(_torch() / "include"), "-isystem", sysconfig.get_path("include"))
+    torch = _torch() / "include"
+    includes = ("-isystem", str(torch), "-isystem", sysconfig.get_path("include"))
+    # Headers that check something name themselves in their messages.
+    nameless = ("-Xcompiler", f"-ffile-prefix-map={torch.parent}=torch")
     return (
         _nvcc(),
         f"{FOLDER}/{source}",
@@ -99,7 +102,7 @@ def compile_command(source: str, architectures: tuple[str, ...]) -> tuple[str, .
         "-O3",
         "-Xcompiler",
         "-fPIC,-fvisibility=hidden,-Wall",
-        *(code_for(architectures) if source.endswith(".cu") else (*macros, *includes)),
+        *(code_for(architectures) if source.endswith(".cu") else (*macros, *includes, *nameless)),
     )
 
 

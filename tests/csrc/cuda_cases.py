@@ -62,6 +62,7 @@ SHAPES = {
     "layers_in_one_tensor": Shape(layers=3, layout="layers", sources=7),
     "odd_head_dim": Shape(17, dtype=torch.float16, block_size=8, sources=40),
     "blocks_of_5_tokens": Shape(32, block_size=5, kv_heads=3, sources=61, planes=False),
+    "rows_with_padding": Shape(18, layout="padded", sources=30),
     "one_token_a_block": Shape(128, block_size=1, sources=130, layout="HND"),
 }
 
@@ -128,12 +129,13 @@ def caches(
         "layers": (blocks, layers, tokens, heads, width),
         "NHD": (blocks, tokens, heads, width),
         "HND": (blocks, heads, tokens, width),
+        "padded": (blocks, heads, tokens, width + 4),
     }[shape.layout]
     if shape.layout == "layers":
         memory = random_bits(rng, size, shape.dtype)
         return [memory[:, i].transpose(1, 2) for i in range(layers)], [memory]
     apart = [random_bits(rng, size, shape.dtype) for _ in range(layers)]
-    return [x.transpose(1, 2) if shape.layout == "NHD" else x for x in apart], apart
+    return [x.transpose(1, 2) if shape.layout == "NHD" else x[..., :width] for x in apart], apart
 
 
 def compaction(shape: Shape, targets: str, seed: int) -> Compaction:

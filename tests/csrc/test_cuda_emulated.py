@@ -114,9 +114,14 @@ def test_cases_move_tokens_in_both_directions_and_leave_some() -> None:
 
 def test_rows_of_whole_vectors_are_moved_16_bytes_at_a_time(ops: Emulated) -> None:
     ops.launches()
-    for name, wide in (("qwen3_8b", 1), ("head_dim_96_ragged_5_heads", 1), ("odd_head_dim", 0)):
+    for name, wide in (
+        ("qwen3_8b", 1),
+        ("head_dim_96_ragged_5_heads", 1),
+        ("odd_head_dim", 0),
+        ("rows_with_padding", 0),
+    ):
         ops.compact_layers(*cases.compaction(cases.SHAPES[name], "leading", 1).arguments())
-        assert ops.launches() == (1, wide)
+        assert ops.launches() == (1, wide), name
 
 
 def test_more_layers_than_a_launch_takes_are_all_moved(ops: Emulated) -> None:
