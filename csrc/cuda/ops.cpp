@@ -148,6 +148,9 @@ class OnDevice {
 
 // ---- operators
 
+// What lies on the device is the caller's promise, since to look at it would be to wait: ids and
+// places within their tensors, and `keep` and the places of targets (fresh ones apart) rising.
+
 void compact_layers(const Tensors& kv_caches, const Tensors& planes, const Tensor& source_ids,
                     const Tensor& target_ids, const Tensor& target_places, const Tensor& keep) {
   const char* op = "compact_layers";
