@@ -147,10 +147,10 @@ class KVPolicyConfig:
     )
     impl: str = _setting(
         "auto",
-        "what computes scores and moves tokens: the C++ operators for CPU (cpu), the Triton kernels "
-        "for GPU (triton), the readable torch form (reference), or the fastest there is (auto)",
+        "what scores and moves tokens: C++ on CPUs (cpu), on GPUs Triton kernels (triton) or CUDA "
+        "C++ where there is some (cuda), the readable torch form (reference), or the fastest (auto)",
         kind=str,
-        choices=("auto", "reference", "cpu", "triton"),
+        choices=("auto", "reference", "cpu", "triton", "cuda"),
     )
     policy_config: Mapping[str, Any] = _setting(
         None, "the policy's own parameters, as a JSON object", kind=Mapping

@@ -152,10 +152,9 @@ def _accumulates_on_gpu(config: Any) -> bool:
 
 
 def _reference_in_graphs(config: Any) -> bool:
-    on_gpu = config.device_config.device_type != "cpu"
-    return (
-        on_gpu and _settings(config).impl == "reference" and not config.model_config.enforce_eager
-    )
+    if config.device_config.device_type == "cpu" or config.model_config.enforce_eager:
+        return False
+    return _settings(config).impl == "reference"
 
 
 REFUSALS: list[Refusal] = [

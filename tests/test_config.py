@@ -120,7 +120,7 @@ def test_none_leaves_an_optional_setting_to_its_default(key):
         ("granularity", 1, "token, block"),
         ("scope", "heads", "head, layer, all"),
         ("layer_split", "even", "contiguous, interleaved"),
-        ("impl", "cuda", "auto, reference, cpu"),
+        ("impl", "hip", "auto, reference, cpu, triton, cuda"),
         ("protect", "all", "prompt, sinks, none"),
         ("protect", ["prompt"], "prompt, sinks, none"),
         ("protect", True, "prompt, sinks, none"),

@@ -406,18 +406,18 @@ def test_refusals_of_a_real_config_are_told_together(demo_model, no_activation_l
         llm_config(
             demo_model,
             {"policy": "gkv", "budget": 128},
-            tensor_parallel_size=2,
+            pipeline_parallel_size=2,
             kv_cache_dtype="fp8",
         )
     lines = str(error.value).splitlines()
     assert len(lines) == 2
-    assert "tensor parallelism of 2" in lines[0] and "'fp8'" in lines[1]
+    assert "pipeline parallelism of 2" in lines[0] and "'fp8'" in lines[1]
 
 
 def test_on_a_command_line_refusals_exit_with_the_same_lines(engine_args, demo_model):
     args = engine_args(
         *("--model", str(demo_model), "--kv-policy", "gkv", "--max-model-len", "512"),
-        *("--tensor-parallel-size", "2", "--kv-cache-dtype", "fp8"),
+        *("--pipeline-parallel-size", "2", "--kv-cache-dtype", "fp8"),
     )
     with pytest.raises(SystemExit) as exit_:
         args.create_engine_config()
@@ -435,7 +435,7 @@ def test_a_refused_serve_prints_sentences_and_no_traceback(demo_model):
         timeout=300,
     )
     assert done.returncode == 1
-    assert "gkv_vllm: error: a KV policy cannot run with tensor parallelism of 2" in done.stderr
+    assert "gkv_vllm: error: a KV policy cannot run with pipeline parallelism of 2" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
 
 

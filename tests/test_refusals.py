@@ -35,7 +35,6 @@ def healthy():
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=None, disable_hybrid_kv_cache_manager=False),
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=1,
             pipeline_parallel_size=1,
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
@@ -77,13 +76,13 @@ SPOILT = [
     (
         "attention_config.backend",
         backend("FLASHINFER"),
-        "FlashInfer and every attention backend but CPU_ATTN",
+        "FlashInfer and every attention backend but FLASH_ATTN, TRITON_ATTN and CPU_ATTN",
         "FLASHINFER",
     ),
     (
         "attention_config.backend_per_kind",
         {"full_attention": backend("TRITON_ATTN")},
-        "FlashInfer and every attention backend but CPU_ATTN",
+        "FlashInfer and every attention backend but FLASH_ATTN, TRITON_ATTN and CPU_ATTN",
         "TRITON_ATTN",
     ),
     ("cache_config.cache_dtype", "fp8", "quantised KV cache", "'fp8'"),
@@ -149,6 +148,45 @@ def test_one_spoilt_attribute_gives_exactly_its_sentence(path, value, name, says
     assert "\n" not in sentence and "{" not in sentence
 
 
+def on_gpu(**policy):
+    config = healthy()
+    spoil(config, "device_config.device_type", "cuda")
+    spoil(config, "parallel_config.worker_cls", refusals.STOCK_WORKERS["cuda"])
+    config.additional_config = {"kv_policy": policy}
+    return config
+
+
+@pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON_ATTN"])
+def test_a_gpu_is_not_refused(name):
+    config = on_gpu(policy="gkv")
+    spoil(config, "attention_config.backend", backend(name))
+    assert collect(config, GKV) == []
+
+
+def test_a_backend_of_another_device_is_refused():
+    config = on_gpu(policy="gkv")
+    spoil(config, "attention_config.backend", backend("CPU_ATTN"))
+    (sentence,) = collect(config, GKV)
+    assert "CPU_ATTN" in sentence and "FLASH_ATTN" in sentence
+
+
+def test_accumulated_attention_on_a_gpu_is_refused():
+    (sentence,) = collect(on_gpu(policy="h2o"), KVPolicyConfig(policy="h2o"))
+    assert "accumulated attention (h2o) on a GPU" in names_of(on_gpu(policy="h2o"))
+    assert "gkv" in sentence
+
+
+def test_the_reference_in_cuda_graphs_is_refused():
+    config = on_gpu(policy="gkv", impl="reference")
+    assert names_of(config) == ["impl=reference on a GPU with CUDA graphs"]
+    spoil(config, "model_config.enforce_eager", True)
+    assert names_of(config) == []
+
+
+def names_of(config):
+    return [refusal.name for refusal in REFUSALS if refusal.applies(config)]
+
+
 def test_version_is_refused_with_the_override_named(monkeypatch):
     monkeypatch.setattr(refusals, "vllm_version", lambda: "0.33.1")
     (sentence,) = collect(healthy(), GKV)
@@ -187,7 +225,7 @@ def test_the_rust_front_end_is_refused(monkeypatch):
 def test_all_that_apply_are_told_together():
     config = healthy()
     spoil(config, "model_config.use_mla", True)
-    spoil(config, "parallel_config.tensor_parallel_size", 2)
+    spoil(config, "parallel_config.pipeline_parallel_size", 2)
     spoil(config, "speculative_config", object())
     assert len(collect(config, GKV)) == 3
 

@@ -69,7 +69,7 @@ def prepare_step(
     columns = torch.arange(width, device=block_table.device)
     used = ((seq_lens + block_size - 1) // block_size)[:, None]
     is_live = (block_table != NULL_BLOCK) & (columns < used)
-    order = is_live.logical_not().to(torch.uint8).argsort(1, stable=True)
+    order = is_live.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     count = is_live.sum(1, keepdim=True, dtype=torch.int32)
     live.copy_(block_table.gather(1, order).masked_fill(columns >= count, 0))
     live_lens.copy_(seq_lens - (used - count)[:, 0] * block_size)

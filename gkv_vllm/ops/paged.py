@@ -246,7 +246,7 @@ class ReferenceOps:
         )
 
 
-IMPLS = ("auto", "reference", "cpu", "triton")
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 
 
 def resolve(impl: str, device: str = "cpu") -> PagedOps:
@@ -259,6 +259,8 @@ def resolve(impl: str, device: str = "cpu") -> PagedOps:
         return _resolve_gpu(impl)
     if impl == "reference":
         return ReferenceOps()
+    if impl == "cuda":
+        raise ValueError("kv_policy impl=cuda, but the model runs on the CPU; set impl=auto")
     if impl == "triton":
         return _interpreted()
     try:
@@ -281,7 +283,21 @@ def _resolve_gpu(impl: str) -> PagedOps:
         return ReferenceOps(GPULayout())
     from gkv_vllm.ops.triton import TritonOps
 
-    return TritonOps()
+    if impl == "triton":
+        return TritonOps()
+    try:
+        from gkv_vllm.ops.cuda import CUDAOps, measured_choice
+    except ImportError as error:
+        if impl == "auto":
+            return TritonOps()
+        raise ValueError(
+            f"kv_policy impl=cuda, but the CUDA operators are not there ({error}); build gkv_vllm "
+            "where nvcc is found, with GKV_BUILD_CUDA=1, or set impl=auto"
+        ) from error
+    if impl == "cuda":
+        return CUDAOps()
+    chosen = measured_choice()
+    return CUDAOps(chosen) if chosen else TritonOps()
 
 
 def _interpreted() -> PagedOps:

@@ -207,9 +207,8 @@ class EvictionWorkerMixin(Worker):
             ranks=self._ranks(),
             together=SCORED_TOGETHER if self.on_gpu else 0,
         )
-        runner: RunnerAdapter = (V2Runner if self.use_v2_model_runner else V1Runner)(
-            self.model_runner
-        )
+        adapter = V2Runner if self.use_v2_model_runner else V1Runner
+        runner: RunnerAdapter = adapter(self.model_runner)
         evictor = Evictor(
             runner, scorer, layer_group_of, ring_index=ring_index, mass_index=mass_index
         )

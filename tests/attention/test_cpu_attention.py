@@ -391,7 +391,7 @@ def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> VllmConfig:
 
 
 class Recorder:
-    """An observer and a query sink that keep what they were shown."""
+    """What prepares a batch and a query sink, that keep what they were shown."""
 
     def __init__(self) -> None:
         self.logical: list[CommonAttentionMetadata] = []
@@ -399,9 +399,11 @@ class Recorder:
         self.before: list[Tensor] = []
         self.after: list[Tensor] = []
 
-    def observe(self, metadata: CommonAttentionMetadata, live: CommonAttentionMetadata) -> None:
+    def prepare(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        live = live_metadata(metadata, 32)
         self.logical.append(metadata)
         self.live.append(live)
+        return live
 
     def before_attention(self, queries: Tensor) -> None:
         self.before.append(queries.clone())

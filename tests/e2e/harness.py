@@ -62,15 +62,25 @@ class InProcessEngine:
 
     The caller sets ENGINE_ENVIRONMENT first, and takes it back for whoever comes after."""
 
-    def __init__(self, model: Path, *, num_blocks: int, kv_policy: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        num_blocks: int,
+        kv_policy: dict[str, Any] | None,
+        arguments: dict[str, Any] | None = None,
+    ) -> None:
         from vllm import LLM
 
         extra = {"additional_config": {"kv_policy": kv_policy}} if kv_policy else {}
-        self.llm = LLM(str(model), num_gpu_blocks_override=num_blocks, **ENGINE_ARGUMENTS, **extra)
+        extra |= {**ENGINE_ARGUMENTS, **(arguments or {})}
+        self.llm = LLM(str(model), num_gpu_blocks_override=num_blocks, **extra)
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
-        self.worker = self.core.model_executor.driver_worker.worker
-        self.runner = self.worker.model_runner
+        # With several ranks the workers live in processes of their own.
+        driver = getattr(self.core.model_executor, "driver_worker", None)
+        self.worker = driver.worker if driver else None
+        self.runner = self.worker.model_runner if driver else None
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self._count = 0
 
@@ -231,9 +241,12 @@ def run_elsewhere(
     kv_policy: dict[str, Any] | None = None,
     plugin: bool = True,
     stock_first: bool = False,
+    arguments: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The requests through an engine in a process of its own: `outputs`, `evictions`, `free`.
 
+    `lost` are, per request in the order given, the blocks that each of its evictions dropped.
     Without `plugin` vLLM does not even load us. With `stock_first` an engine without a policy runs
     and ends in that process before."""
     job = {
@@ -242,11 +255,17 @@ def run_elsewhere(
         "requests": requests,
         "kv_policy": kv_policy,
         "stock_first": stock_first,
+        "arguments": arguments,
     }
     result = subprocess.run(
         [sys.executable, __file__],
         input=json.dumps(job),
-        env={**os.environ, **ENGINE_ENVIRONMENT, **({} if plugin else {"VLLM_PLUGINS": ""})},
+        env={
+            **os.environ,
+            **ENGINE_ENVIRONMENT,
+            **({} if plugin else {"VLLM_PLUGINS": ""}),
+            **(environment or {}),
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -262,14 +281,26 @@ def main() -> None:
         stock.run(job["requests"][:1])
         stock.close()
     engine = InProcessEngine(
-        Path(job["model"]), num_blocks=job["num_blocks"], kv_policy=job["kv_policy"]
+        Path(job["model"]),
+        num_blocks=job["num_blocks"],
+        kv_policy=job["kv_policy"],
+        arguments=job["arguments"],
     )
-    outputs = engine.run(job["requests"])
+    lost: list[list[Any]] = [[] for _ in job["requests"]]
+
+    def look(output: Any) -> None:
+        plan = getattr(output, "gkv_plan", None)
+        for id_, blocks in (plan.drops if plan else {}).items():
+            lost[int(id_.split("-")[1]) - 1].append(blocks)
+
+    with engine.each_schedule(look):
+        outputs = engine.run(job["requests"])
     planner = getattr(engine.scheduler, "planner", None)
     result = {
         "outputs": outputs,
         "evictions": planner.stats.evictions if planner else None,
         "free": engine.pool.get_num_free_blocks(),
+        "lost": lost,
     }
     print(json.dumps(result))
 

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""What ranks agree on, in two processes: the scores of one process that has all heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from gkv_vllm.policies.gkv import GKV
+from gkv_vllm.worker.ranks import Ranks
+
+WORLD = 2
+SIZES = ((3, 17), (1, 64))
+HEADS = 6
+
+
+def scores() -> list[Tensor]:
+    """[layers, kv_heads, units] of two requests."""
+    draw = torch.Generator().manual_seed(0)
+    return [torch.rand(layers, HEADS, units, generator=draw) for layers, units in SIZES]
+
+
+def rank(index: int, folder: str, by: Literal["mean", "max"]) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=index, world_size=WORLD
+    )
+    share = HEADS // WORLD
+    policy = GKV(combine_by=by)
+    mine = [policy.combine(x[:, index * share : (index + 1) * share]) for x in scores()]
+    torch.save(Ranks(dist.group.WORLD).agree(mine, policy.combine_ranks), f"{folder}/{index}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("by", ["mean", "max"])
+def test_ranks_agree_on_what_one_rank_with_all_heads_finds(
+    tmp_path: Path, by: Literal["mean", "max"]
+) -> None:
+    mp.spawn(rank, (str(tmp_path), by), nprocs=WORLD)
+    first, second = (torch.load(tmp_path / str(index)) for index in range(WORLD))
+    for ours, theirs, all_heads in zip(first, second, scores(), strict=True):
+        assert torch.equal(ours, theirs)
+        expected = GKV(combine_by=by).combine(all_heads)
+        # A mean of means: each addend is rounded once more.
+        atol = 0 if by == "max" else HEADS * torch.finfo(torch.float32).eps
+        torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
+
+
+def test_one_rank_has_nobody_to_agree_with() -> None:
+    (found,) = Ranks().agree([mine := torch.rand(3)], "mean")
+    assert found is mine
