@@ -20,7 +20,7 @@ from torch import Tensor
 from .paged import PagedLayers, load_pointer
 from .signatures import Signature
 
-SCAN = 1024
+SCAN = 512
 """Survivors that are looked at together to find out which of them move."""
 TILE_BYTES = 16384
 """What a program holds in registers at a time: 128 bytes for each of its threads."""
