@@ -28,6 +28,7 @@ from .requests import (
     remembered_of,
     row_of,
 )
+from .signatures import Signature
 
 FORMS = {"max_probability": 0, "max_logit": 1, "mean_probability": 2}
 """`gkv_vllm.ops.reference.LOCAL_SCORE_FORMS`, by the number that the kernel knows."""
@@ -46,7 +47,8 @@ def _logits(left, right, scale, softcap, SOFTCAP: tl.constexpr, INTERPRET: tl.co
     """Attention logits in units of log 2, for `exp2`."""
     if INTERPRET:  # its dot takes the bits of bfloat16 for integers
         left, right = left.to(tl.float32), right.to(tl.float32)
-    logits = tl.dot(left, right, input_precision="ieee") * scale
+    # Of float32 three TF32 products, nearly as exact; of the 16-bit types one, exact.
+    logits = tl.dot(left, right, input_precision="tf32x3") * scale
     if SOFTCAP:
         # tanh; where exp2 overflows the quotient is 0, as it should be.
         logits = softcap * (1 - 2 / (tl.exp2(logits * (2 * LOG2_E) / softcap) + 1))
@@ -488,7 +490,7 @@ def _launch(
         0 if logical_blocks is None else logical_blocks.shape[2],
         0 if history is None else history.shape[3],
         WINDOW=due.window,
-        UNITS=1024 if kind == BY_TOKEN else max(1, 1024 // triton.next_power_of_2(due.block_size)),
+        UNITS=units_at_once(kind, due.block_size),
         FORM=form,
         HISTORY=kind,
         NORMALISED=normalised,
@@ -516,6 +518,77 @@ def tiles(group: int, window: int, block_size: int, head_dim: int, itemsize: int
         HEAD_DIM=head_dim,
         DIM=dim,
         KEYS=64 if dim * itemsize <= 256 else 32,
-        num_warps=4,
+        num_warps=4 if itemsize < 4 else 8,
         num_stages=2,
     )
+
+
+def units_at_once(kind: int, block_size: int) -> int:
+    """How many units the history is renewed of at a time: 1024 tokens' worth."""
+    return 1024 if kind == BY_TOKEN else max(1, 1024 // triton.next_power_of_2(block_size))
+
+
+def _signature(
+    dtype: str, group: int, head_dim: int, window: int, form: str, kind: int
+) -> Signature:
+    sizes = tiles(group, window, 16, head_dim, 4 if dtype == "fp32" else 2)
+    warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
+    pointers = {
+        "queries": f"*{dtype}",
+        "key_pointers": "*i64",
+        "key_type": f"*{dtype}",
+        "tables": "*i32",
+        "table_of_layer": "*i32",
+        "numbers": "*i32",
+        "scores": "*fp32",
+    }
+    where = {
+        NO_HISTORY: {},
+        BY_BLOCK: {"history": "*fp32", "slots": "*i32", "logical_blocks": "*i32"},
+        BY_TOKEN: {"planes": "*i64"},
+    }[kind]
+    if kind != NO_HISTORY:
+        where = {"remembered_scores": "*fp32", **where}
+    optional = ("remembered_scores", "history", "planes", "slots", "logical_blocks")
+    strides = ("block_stride", "head_stride", "token_stride")
+    widths = ("table_width", "logical_width", "history_width")
+    return Signature(
+        kernel=_scores_kernel,
+        name=f"{dtype} d{head_dim} group {group} window {window} {form} "
+        + ("local", "blocks", "tokens")[kind],
+        signature={
+            **pointers,
+            **where,
+            **dict.fromkeys(("scale", "softcap", "alpha"), "fp32"),
+            **dict.fromkeys(strides + widths, "i32"),
+        },
+        constexprs={
+            **dict.fromkeys(set(optional) - set(where)),
+            **sizes,
+            "dim_stride": 1,
+            "WINDOW": window,
+            "UNITS": units_at_once(kind, 16),
+            "FORM": FORMS[form],
+            "HISTORY": kind,
+            "NORMALISED": True,
+            "SOFTCAP": False,
+            "INTERPRET": False,
+        },
+        divisible_by_16=(*pointers, *where, *strides),
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
+SIGNATURES = [
+    *(
+        _signature(dtype, group, head_dim, 16, "max_probability", kind)
+        for dtype in ("bf16", "fp16")
+        for group, head_dim in ((4, 128), (8, 128), (7, 64))
+        for kind in (BY_BLOCK, BY_TOKEN)
+    ),
+    *(_signature("bf16", 8, 128, 16, form, NO_HISTORY) for form in FORMS),
+    _signature("bf16", 8, 128, 64, "max_probability", BY_TOKEN),
+    _signature("bf16", 8, 256, 16, "max_probability", BY_TOKEN),
+    _signature("fp32", 4, 128, 16, "max_probability", BY_TOKEN),
+]

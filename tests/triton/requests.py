@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from gkv_vllm.triton_kernels.paged import PagedLayers, pointers
+from gkv_vllm.triton_kernels.requests import DueRequests
 from torch import Tensor
 
 from gkv_vllm.ops.layers import LayerCaches
 from gkv_vllm.ops.layout import CPULayout, GPULayout
 from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.policies.view import View
-from gkv_vllm.triton_kernels.paged import PagedLayers, pointers
-from gkv_vllm.triton_kernels.requests import DueRequests
 
 NAN = float("nan")
 

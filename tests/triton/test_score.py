@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gkv_vllm.triton_kernels.score import FORMS, local_scores, score_blocks, score_tokens
 from torch import Tensor
 
 from gkv_vllm.policies.gkv import GKV
-from gkv_vllm.triton_kernels.score import FORMS, local_scores, score_blocks, score_tokens
 from tests.triton.requests import NAN, Shape, World
 
 SHAPES = {
