@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 MODEL := build/demo-model
 SERVE_ARGS ?= --config configs/serve/demo.yaml
-CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+CPP := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h)
+FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/csrc/*.cpp)
 TEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -19,7 +20,7 @@ export VLLM_NO_USAGE_STATS := 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo serve test test-fast lint format types bench-cpu bench-ops clean
+.PHONY: help env demo serve test test-fast lint format types cuda bench-cpu bench-ops clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -56,15 +57,18 @@ test-fast: $(STAMP) ## run the tests that start no engine
 lint: $(STAMP) ## ruff and clang-format: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(STAMP) ## let ruff and clang-format fix what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 types: $(STAMP) ## mypy on the package
 	$(BIN)/mypy
+
+cuda: $(STAMP) ## build the CUDA operators with nvcc (no GPU needed)
+	$(BIN)/python csrc/cuda/build.py
 
 bench-cpu: $(STAMP) $(MODEL)/config.json ## stock against policy, same model and pool (BENCH_ARGS=--quick: a smoke run)
 	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_ARGS)

@@ -148,7 +148,7 @@ class KVPolicyConfig:
     impl: str = _setting(
         "auto",
         "what scores and moves tokens: C++ on CPUs (cpu), on GPUs Triton kernels (triton) or CUDA "
-        "C++ where there is some (cuda), the readable torch form (reference), or the fastest (auto)",
+        "C++ where there is any (cuda), the readable torch form (reference), the fastest (auto)",
         kind=str,
         choices=("auto", "reference", "cpu", "triton", "cuda"),
     )

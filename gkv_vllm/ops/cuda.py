@@ -34,9 +34,8 @@ class CUDAOps(TritonOps):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return (
-            f"triton, and CUDA C++ ({_cuda.architectures()}) for {', '.join(sorted(self.chosen))}"
-        )
+        chosen = ", ".join(sorted(self.chosen))
+        return f"triton, and CUDA C++ ({_cuda.architectures()}) for {chosen}"
 
     def bind(self, caches: LayerCaches) -> LayerOps:
         return CUDALayerOps(self, caches) if "compact" in self.chosen else super().bind(caches)

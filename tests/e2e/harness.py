@@ -23,6 +23,7 @@ ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 BLOCK_SIZE = 32
+RESULT = "result: "
 ENGINE_ARGUMENTS: dict[str, Any] = {
     "max_model_len": 2048,
     "block_size": BLOCK_SIZE,
@@ -271,7 +272,9 @@ def run_elsewhere(
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    # Workers of several ranks log to the same stream.
+    (line,) = [x for x in result.stdout.splitlines() if x.startswith(RESULT)]
+    return json.loads(line.removeprefix(RESULT))
 
 
 def main() -> None:
@@ -302,7 +305,7 @@ def main() -> None:
         "free": engine.pool.get_num_free_blocks(),
         "lost": lost,
     }
-    print(json.dumps(result))
+    print(f"\n{RESULT}{json.dumps(result)}", flush=True)
 
 
 if __name__ == "__main__":

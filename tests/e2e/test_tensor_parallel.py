@@ -22,7 +22,7 @@ FORMS = {
 
 
 def run(model: Path, ranks: int, form: dict[str, Any]) -> dict[str, Any]:
-    requests = [request(prompt(i, 40 + 31 * i), 120, kv_budget=96) for i in range(3)]
+    requests = [request(prompt(i, 40 + 31 * i), 200, kv_budget=96) for i in range(3)]
     return run_elsewhere(
         model,
         requests,

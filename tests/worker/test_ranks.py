@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from gkv_vllm.policies.gkv import GKV
@@ -28,6 +29,7 @@ def scores() -> list[Tensor]:
 
 
 def rank(index: int, folder: str, by: Literal["mean", "max"]) -> None:
+    """One of the processes."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=index, world_size=WORLD
     )
@@ -42,7 +44,11 @@ def rank(index: int, folder: str, by: Literal["mean", "max"]) -> None:
 def test_ranks_agree_on_what_one_rank_with_all_heads_finds(
     tmp_path: Path, by: Literal["mean", "max"]
 ) -> None:
-    mp.spawn(rank, (str(tmp_path), by), nprocs=WORLD)
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(index), str(tmp_path), by])
+        for index in range(WORLD)
+    ]
+    assert [process.wait(120) for process in ranks] == [0] * WORLD
     first, second = (torch.load(tmp_path / str(index)) for index in range(WORLD))
     for ours, theirs, all_heads in zip(first, second, scores(), strict=True):
         assert torch.equal(ours, theirs)
@@ -55,3 +61,7 @@ def test_ranks_agree_on_what_one_rank_with_all_heads_finds(
 def test_one_rank_has_nobody_to_agree_with() -> None:
     (found,) = Ranks().agree([mine := torch.rand(3)], "mean")
     assert found is mine
+
+
+if __name__ == "__main__":
+    rank(int(sys.argv[1]), sys.argv[2], sys.argv[3])  # type: ignore[arg-type]
