@@ -4,7 +4,8 @@
 
     python -m gkv_vllm.triton_kernels.compile --json FILE [--target cuda:90 cuda:100]
 
-Triton's package brings all tools, so this runs on any machine."""
+Triton's package brings all tools, so this runs on any machine. What was found is recorded in
+benchmarks/results/sm90/triton.json."""
 
 from __future__ import annotations
 
@@ -132,7 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", default=["cuda:90"])
     options = parser.parse_args(arguments)
     result = table(options.target)
-    text = json.dumps(result, indent=1) + "\n"
+    lines = ",\n".join(map(json.dumps, result["kernels"]))
+    text = f'{{"triton": "{result["triton"]}", "kernels": [\n{lines}\n]}}\n'
     if options.json is None:
         print(text, end="")
     else:

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gkv_vllm.triton_kernels as package
 import pytest
 
-import gkv_vllm.triton_kernels as package
-
+RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "sm90" / "triton.json"
 COMPILED = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
@@ -53,6 +53,15 @@ def test_no_kernel_is_left_out(rows: list[dict[str, Any]]) -> None:
         for kernel in re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.MULTILINE)
     }
     assert {(row["file"], row["kernel"]) for row in rows} == defined
+
+
+def test_the_recorded_table_has_every_kernel(rows: list[dict[str, Any]]) -> None:
+    """If not: python -m gkv_vllm.triton_kernels.compile --target cuda:90 cuda:100 --json FILE"""
+    recorded = json.loads(RECORD.read_text())["kernels"]
+    on_hopper = {
+        (row["file"], row["kernel"], row["name"]) for row in recorded if row["target"] == "cuda:90"
+    }
+    assert on_hopper == {(row["file"], row["kernel"], row["name"]) for row in rows}
 
 
 def test_compaction_reads_a_tile_before_it_writes_it_and_moves_16_bytes_at_a_time() -> None:
