@@ -297,6 +297,8 @@ def test_every_refusal_has_a_test():
     tested = {name for _, _, name, _ in SPOILT} | {
         "other versions of vLLM",
         "the Rust front end",
+        "accumulated attention (h2o) on a GPU",
+        "impl=reference on a GPU with CUDA graphs",
         WITHOUT_HYBRID_MANAGER,
     }
     assert {refusal.name for refusal in REFUSALS} == tested

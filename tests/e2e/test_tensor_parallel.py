@@ -14,9 +14,8 @@ from .harness import POLICY, prompt, request, run_elsewhere
 pytestmark = pytest.mark.e2e
 
 NUM_BLOCKS = 120
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "block": {"granularity": "block"},
-    "token, for each head": {"granularity": "token", "scope": "head"},
     "token, for all heads": {"granularity": "token", "scope": "all"},
 }
 

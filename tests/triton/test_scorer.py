@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""The worker's scorer over the kernels does what it does over the readable operators."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gkv_vllm.ops.layout import CPULayout
+from gkv_vllm.ops.paged import PagedOps, ReferenceOps
+from gkv_vllm.ops.triton import TritonOps
+from gkv_vllm.policies.base import Policy
+from gkv_vllm.policies.gkv import GKV
+from gkv_vllm.policies.knorm import KNorm
+from gkv_vllm.policies.rkv import RKV
+from gkv_vllm.policies.snapkv import SnapKV
+from gkv_vllm.worker.scorer import Scorer
+
+from ..worker.world import SHAPES, SLOT, World
+
+CPU_KERNELS = TritonOps(CPULayout())
+EPS = torch.finfo(torch.float32).eps
+ATOL = 2e-5
+"""Scores are at most 1; the errors of logits are relative errors of probabilities: 64 sums."""
+
+shapes = pytest.mark.parametrize(
+    "shape", [SHAPES[name] for name in ("holes", "ragged_with_holes_gqa7")], ids=["holes", "ragged"]
+)
+POLICIES: dict[str, Policy] = {
+    "gkv": GKV(),
+    "gkv, no redundancy": GKV(redundancy="none"),
+    "gkv, redundancy in blocks": GKV(redundancy="block", score_weight=0.3),
+    "gkv, mean of history": GKV(history="mean"),
+    "rkv": RKV(),
+    "snapkv": SnapKV(),
+    "knorm": KNorm(),
+}
+policies = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+
+
+def worlds(shape: Any, **kwargs: Any) -> list[World]:
+    """The same request under both operators."""
+    return [World(shape, ops=ops, **kwargs) for ops in (ReferenceOps(), CPU_KERNELS)]
+
+
+@shapes
+@policies
+@pytest.mark.parametrize("kv_groups", [1, 2])
+def test_block_scores(shape: Any, policy: Policy, kv_groups: int) -> None:
+    """Twice, so that the second has a history."""
+    expected, found = worlds(shape, kv_groups=kv_groups)
+    scorers = [world.scorer(policy) for world in (expected, found)]
+    for event in range(2):
+        remembered = event * len(shape.candidates)
+        ours, theirs = (
+            scorer.block_scores(
+                [(world.selection(remembered=remembered, event=event), world.table)]
+            )
+            for scorer, world in zip(scorers, (found, expected)[::-1], strict=True)
+        )
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=ATOL)
+    if scorers[0].history is not None:
+        torch.testing.assert_close(scorers[0].history, scorers[1].history, rtol=1e-5, atol=ATOL)
+
+
+def kept_tokens(scorer: Scorer, world: World) -> Tensor:
+    kept: list[Tensor] = []
+    move = scorer.ops.compact
+
+    def compact(source: Tensor, target: Tensor, places: Tensor, keep: Tensor) -> None:
+        kept.append(keep.clone())
+        move(source, target, places, keep)
+
+    scorer.ops.compact = compact  # type: ignore[method-assign]
+    scorer.compact([(world.compaction(), world.table)])
+    (keep,) = kept
+    return keep
+
+
+@shapes
+@pytest.mark.parametrize("policy", [GKV(), GKV(redundancy="none"), SnapKV()], ids=str)
+@pytest.mark.parametrize("scope", ["head", "layer", "all"])
+def test_survivors_and_what_is_remembered_of_them(shape: Any, policy: Policy, scope: str) -> None:
+    """The same tokens are kept, and every bit of the caches is the same afterwards."""
+    expected, found = worlds(shape)
+    keeps = [
+        kept_tokens(world.scorer(policy, moves_tokens=True, scope=scope), world)
+        for world in (expected, found)
+    ]
+    assert torch.equal(*keeps)
+    for ours, theirs in zip(found.caches, expected.caches, strict=True):
+        assert torch.equal(ours.view(_bits(ours)), theirs.view(_bits(theirs)))
+    for ours, theirs in zip(found.planes, expected.planes, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=ATOL, equal_nan=True)
+
+
+def test_requests_that_are_scored_together_are_scored_as_alone() -> None:
+    """Two slots of different histories in one launch."""
+    shape = SHAPES["holes"]
+    (_, alone), (_, together) = worlds(shape), worlds(shape)
+    scorers = [world.scorer(GKV()) for world in (alone, together)]
+    scorers[1].together = 10 * shape.tokens
+    slots = [SLOT, SLOT - 1]
+    for world, scorer in zip((alone, together), scorers, strict=True):
+        world.record(scorer, slots[1])
+    seen = [replace(alone.selection(slot=slot)) for slot in slots]
+    one_by_one = [scorers[0].block_scores([(x, alone.table)])[0] for x in seen]
+    at_once = scorers[1].block_scores([(x, together.table) for x in seen])
+    for ours, theirs in zip(at_once, one_by_one, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(scorers[0].history, scorers[1].history)
+
+
+def _bits(tensor: Tensor) -> torch.dtype:
+    return torch.int16 if tensor.itemsize == 2 else torch.int32
+
+
+def test_the_operators_are_the_kernels() -> None:
+    ops: PagedOps = CPU_KERNELS
+    assert ops.name == "triton"
+    assert World(SHAPES["holes"], ops=ops).scorer(GKV()).ops.fuses
