@@ -56,8 +56,9 @@ def _move_tile(
 ):
     source, left, right = _places(keep, target_places, survivor, exists, BLOCK_SIZE)
     moves = right if RIGHT else left
-    from_block = tl.load(source_ids + source // BLOCK_SIZE, mask=moves, other=0).to(tl.int64)
-    to_block = tl.load(target_ids + survivor // BLOCK_SIZE, mask=moves, other=0).to(tl.int64)
+    # Masked by `moves`, these loads do not compile with Triton 3.6 ("mask type matches ptr type").
+    from_block = tl.load(source_ids + source // BLOCK_SIZE).to(tl.int64)
+    to_block = tl.load(target_ids + tl.where(exists, survivor, 0) // BLOCK_SIZE).to(tl.int64)
     from_row = from_block * block_stride + (source % BLOCK_SIZE) * token_stride
     to_row = to_block * block_stride + (survivor % BLOCK_SIZE).to(tl.int64) * token_stride
     dim = tl.arange(0, DIM)
@@ -362,6 +363,6 @@ def _signature(dtype: str, head_dim: int, planes: bool) -> Signature:
 SIGNATURES = [
     _signature(dtype, head_dim, planes)
     for dtype in ("bf16", "fp16")
-    for head_dim in (64, 128)
+    for head_dim in (64, 96, 128, 256)
     for planes in (False, True)
 ]
