@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""How kernels address the paged KV caches of all layers at once: tables of pointers, and strides."""
+"""How kernels address the paged KV caches of all layers: tables of pointers, and strides."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class PagedLayers:
 
     @classmethod
     def of(cls, keys: Sequence[Tensor], values: Sequence[Tensor]) -> PagedLayers:
-        """Check that the layers agree and tabulate their addresses (one upload; keep the result)."""
+        """Check that the layers agree, and tabulate their addresses: one upload, to be kept."""
         for name, views in (("keys", keys), ("values", values)):
             kinds = {(x.shape, x.stride(), x.dtype, x.device) for x in views}
             if len(kinds) != 1:

@@ -99,7 +99,12 @@ class TritonLayerOps(EachLayer):
     ) -> Tensor:
         due = self._alone(block_ids, live_tokens, 0, queries.shape[2])
         (scores,) = score.local_scores(
-            queries[:, None], self.layers, due, scale=scale, softcap=softcap, form=form
+            queries[:, None].contiguous(),
+            self.layers,
+            due,
+            scale=scale,
+            softcap=softcap,
+            form=form,
         )
         return scores
 

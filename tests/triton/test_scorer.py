@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gkv_vllm.engine.plan import Selection
 from gkv_vllm.ops.layout import CPULayout
 from gkv_vllm.ops.paged import PagedOps, ReferenceOps
 from gkv_vllm.ops.triton import TritonOps
@@ -24,7 +25,6 @@ from gkv_vllm.worker.scorer import Scorer
 from ..worker.world import SHAPES, SLOT, World
 
 CPU_KERNELS = TritonOps(CPULayout())
-EPS = torch.finfo(torch.float32).eps
 ATOL = 2e-5
 """Scores are at most 1; the errors of logits are relative errors of probabilities: 64 sums."""
 
@@ -53,15 +53,17 @@ def worlds(shape: Any, **kwargs: Any) -> list[World]:
 @pytest.mark.parametrize("kv_groups", [1, 2])
 def test_block_scores(shape: Any, policy: Policy, kv_groups: int) -> None:
     """Twice, so that the second has a history."""
-    expected, found = worlds(shape, kv_groups=kv_groups)
-    scorers = [world.scorer(policy) for world in (expected, found)]
+    pair = worlds(shape, kv_groups=kv_groups)
+    scorers = [world.scorer(policy) for world in pair]
     for event in range(2):
         remembered = event * len(shape.candidates)
-        ours, theirs = (
-            scorer.block_scores(
-                [(world.selection(remembered=remembered, event=event), world.table)]
-            )
-            for scorer, world in zip(scorers, (found, expected)[::-1], strict=True)
+
+        def seen(world: World, remembered: int = remembered, event: int = event) -> Selection:
+            return world.selection(remembered=remembered, event=event)
+
+        theirs, ours = (
+            scorer.block_scores([(seen(world), world.table)])
+            for scorer, world in zip(scorers, pair, strict=True)
         )
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=ATOL)
     if scorers[0].history is not None:
