@@ -23,6 +23,7 @@ import machine
 RESULTS = machine.ROOT / "benchmarks" / "results"
 SMOKE = machine.ROOT / "build" / "gpu-smoke"
 """Where smoke runs write: what they measure is nothing to keep."""
+INTERPRETER = machine.ROOT / "tests" / "triton_cpu"
 COMMIT_FILE = machine.ROOT / "COMMIT"
 """What a bundle says it was made from, where there is no git."""
 
@@ -81,7 +82,9 @@ def use(args: argparse.Namespace) -> Model:
     if args.device == "cpu":
         if not args.quick:
             sys.exit("--device cpu interprets the kernels, which takes for ever; add --quick")
-        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+        # Before Triton is imported; its interpreter has no driver of its own.
+        os.environ["TRITON_INTERPRET"] = "1"
+        sys.path.append(str(INTERPRETER))
         return TINY
     import torch
 

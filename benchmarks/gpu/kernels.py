@@ -209,7 +209,9 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
             ),
             strict=True,
         ):
-            for colour, (name, points) in zip(plots.colours(), lines.items(), strict=False):
+            for colour, (name, points) in zip(
+                plots.colours(len(lines)), lines.items(), strict=False
+            ):
                 points = sorted(points, key=lambda row: row["requests"])
                 xs, ys = [p["requests"] for p in points], [p[key] for p in points]
                 style = "--" if name.endswith("CUDA") else "-"

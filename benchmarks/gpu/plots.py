@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +14,12 @@ from kv_use_plot import INK, POLICY_COLOURS, POOL_COLOUR, STOCK_COLOUR
 STOCK, POLICY = STOCK_COLOUR, POLICY_COLOURS[0]
 
 
-def colours() -> Iterator[str]:
-    return itertools.cycle((*POLICY_COLOURS, STOCK_COLOUR, POOL_COLOUR))
+def colours(count: int) -> list[Any]:
+    """So many that can be told apart, up to 20."""
+    from matplotlib import colormaps
+
+    few = (*POLICY_COLOURS, STOCK_COLOUR, POOL_COLOUR)
+    return list(few[:count]) if count <= len(few) else list(colormaps["tab20"].colors[:count])
 
 
 def title(numbers: dict[str, Any]) -> str:

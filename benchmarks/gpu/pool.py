@@ -47,8 +47,11 @@ class Pool:
         self.order = (order + 1).int()
 
     def fill(self, spread: float) -> None:
-        """Keys around a few directions per head, the closer the smaller `spread`; any values."""
+        """Keys around a few directions per head, the closer the smaller `spread`; any values.
+
+        The same numbers for the same pool and spread."""
         model = self.model
+        self.draw.manual_seed(0)
         for cache in self.caches.kv_caches:
             centres = self._normal(8, model.kv_heads, 1, model.head_dim)
             for start in range(0, self.num_blocks, FILLED_AT_ONCE):
@@ -70,6 +73,10 @@ class Batch:
     pool: Pool
     requests: int
     live_tokens: int
+    ids: Tensor | None = None
+    """[requests, blocks] int32: their live blocks, where it matters which these are."""
+    window_queries: Tensor | None = None
+    """[layers, requests, query_heads, window, head_dim], where it matters what these are."""
 
     @property
     def model(self) -> Model:
@@ -97,7 +104,9 @@ class Batch:
     @cached_property
     def tables(self) -> Tensor:
         """[1, requests, blocks] int32: one KV cache group for all layers."""
-        ids = self.pool.order[: self.requests * self.blocks]
+        ids = self.ids
+        if ids is None:
+            ids = self.pool.order[: self.requests * self.blocks]
         return ids.view(1, self.requests, self.blocks).to(self.pool.device)
 
     @cached_property
@@ -107,6 +116,8 @@ class Batch:
     @cached_property
     def queries(self) -> Tensor:
         """[layers, requests, query_heads, window, head_dim]"""
+        if self.window_queries is not None:
+            return self.window_queries
         model = self.model
         size = (model.layers, self.requests, model.query_heads, model.window, model.head_dim)
         return self.pool._normal(*size)

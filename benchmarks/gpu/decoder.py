@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""A decode loop with the matrices of a model, paged attention, and eviction as the worker does it.
+
+The weights are random and there is no RoPE, so the tokens mean nothing; the work of a step is that
+of the model. Import it after `common.use`, as `operators`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from gpu import operators
+from gpu.attention import Attention
+from gpu.common import Model
+from gpu.pool import DTYPE, Batch, Pool
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, silu
+
+from gkv_vllm.ops.paged import PagedOps
+from gkv_vllm.ops.upload import upload
+
+STOCK, IDLE, EVICTING = "stock", "idle", "evicting"
+MODES = (STOCK, IDLE, EVICTING)
+
+
+class Weights:
+    """The matrices of all layers; what they hold only has to keep the numbers finite."""
+
+    def __init__(self, model: Model, device: str) -> None:
+        self.draw = torch.Generator(device).manual_seed(1)
+        heads = model.query_heads + 2 * model.kv_heads
+        attention = model.query_heads * model.head_dim
+        self.layers = [
+            {
+                "qkv": self._matrix(heads * model.head_dim, model.hidden),
+                "out": self._matrix(model.hidden, attention),
+                "gate_up": self._matrix(2 * model.intermediate, model.hidden),
+                "down": self._matrix(model.hidden, model.intermediate),
+            }
+            for _ in range(model.layers)
+        ]
+        self.embedding = self._matrix(model.vocabulary, model.hidden)
+        self.head = self._matrix(model.vocabulary, model.hidden)
+
+    def _matrix(self, rows: int, columns: int) -> Tensor:
+        made = torch.empty(rows, columns, dtype=DTYPE, device=self.draw.device)
+        return made.normal_(0, columns**-0.5, generator=self.draw)
+
+
+@dataclass
+class Request:
+    """One request on the host: how long it is, and where its live tokens lie."""
+
+    tokens: int
+    live: list[int]
+    """Its blocks in logical order, those of tokens to come included."""
+    columns: list[int] = field(default_factory=list)
+    """Where each of these blocks stands in the request's row of the block table."""
+    lost: int = 0
+    """Tokens."""
+
+    def __post_init__(self) -> None:
+        self.columns = list(range(len(self.live)))
+
+    @property
+    def live_tokens(self) -> int:
+        return self.tokens - self.lost
+
+    def drop(self, first: int, count: int, block_size: int) -> list[int]:
+        """Lose `count` live blocks from the `first` on, and take them again for tokens to come.
+
+        Returns the columns of the table that they leave."""
+        gone, holes = self.live[first : first + count], self.columns[first : first + count]
+        del self.live[first : first + count], self.columns[first : first + count]
+        behind = self.columns[-1] + 1
+        self.live += gone
+        self.columns += range(behind, behind + count)
+        self.lost += count * block_size
+        return holes
+
+
+class Requests:
+    """A batch that decodes: each grows by a token a step, and falls due every `interval` steps.
+
+    Their lengths are staggered, so that about as many are due in each step. When due, a request
+    goes back to `budget` live tokens: by eviction, or without it just so, so that attention has the
+    same work in all modes."""
+
+    def __init__(self, pool: Pool, count: int, budget: int, steps: int) -> None:
+        """steps: the most that will be made."""
+        self.pool, self.budget, model = pool, budget, pool.model
+        self.model, self.longest = model, budget + model.interval
+        self.blocks = self.blocks_each(model, budget)
+        rounds = math.ceil(steps / model.interval) + 1
+        width = self.blocks + rounds * model.interval // model.block_size
+        order = pool.order[: count * self.blocks].view(count, self.blocks).tolist()
+        self.all = [
+            Request(budget + i * model.interval // count, blocks) for i, blocks in enumerate(order)
+        ]
+        self.rows = np.zeros((count, width), dtype=np.int32)
+        self.rows[:, : self.blocks] = order
+        self.table = torch.from_numpy(self.rows).to(pool.device, copy=True)
+        self.lens = torch.tensor([r.tokens for r in self.all], dtype=torch.int32).to(pool.device)
+
+    @staticmethod
+    def blocks_each(model: Model, budget: int) -> int:
+        return math.ceil((budget + model.interval) / model.block_size)
+
+    def due(self) -> list[int]:
+        return [i for i, r in enumerate(self.all) if r.live_tokens >= self.longest]
+
+    def recorded(self) -> list[int]:
+        """The ring slot of each row in the coming step: its own within a window of falling due."""
+        first = self.longest - self.model.window
+        return [i if r.live_tokens >= first else -1 for i, r in enumerate(self.all)]
+
+    def grow(self) -> None:
+        """A token each; the device's lengths first, without a wait."""
+        self.lens.add_(1)
+        for request in self.all:
+            request.tokens += 1
+
+    def shorten(self, due: list[int]) -> None:
+        """Without eviction: forget the newest tokens, and write over them."""
+        self.lens[upload(due, self.pool.device)] -= self.model.interval
+        for i in due:
+            self.all[i].tokens -= self.model.interval
+
+    def batch(self, due: list[int], window_queries: Tensor) -> Batch:
+        """What is scored: the due requests, of equal length, with their live blocks."""
+        ids = [block for i in due for block in self.all[i].live]
+        tables = upload(ids, self.pool.device, torch.int32).view(len(due), -1)
+        return Batch(self.pool, len(due), self.longest, tables, window_queries)
+
+    def lose(self, due: list[int], batch: Batch) -> None:
+        """After the survivors have moved: null what was left, and use these blocks again."""
+        size = self.model.block_size
+        first = self.model.protected // size + batch.keep_blocks
+        count = batch.candidate_blocks - batch.keep_blocks
+        for i in due:
+            request = self.all[i]
+            holes = request.drop(first, count, size)
+            self.rows[i, holes] = 0
+            self.rows[i, request.columns] = request.live
+        rows = [int(block) for i in due for block in self.rows[i]]
+        new = upload(rows, self.pool.device, torch.int32).view(len(due), -1)
+        self.table.index_copy_(0, upload(due, self.pool.device), new)
+
+
+class Decoder:
+    """Steps of a batch in one mode. The forward pass is a CUDA graph, on a GPU."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        requests: Requests,
+        attention: Attention,
+        ops: PagedOps,
+        mode: str,
+    ) -> None:
+        self.weights, self.requests, self.attention = weights, requests, attention
+        self.pool, self.model, self.mode, self.ops = requests.pool, requests.model, mode, ops
+        device, rows, window = self.pool.device, len(requests.all), self.model.window
+        self.caches = self.pool.caches.kv_caches
+        self.bound = ops.bind(self.pool.caches)
+        ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        self.starts = torch.arange(rows + 1, **ints)
+        self.no_slots = torch.full((rows,), -1, **ints)
+        self.live_table = torch.zeros_like(requests.table)
+        self.live_lens = torch.zeros_like(requests.lens)
+        self.places = torch.full((rows,), -1, **ints)
+        heads = (self.model.query_heads, self.model.head_dim)
+        self.rings = torch.zeros(
+            self.model.layers, rows * window, *heads, dtype=DTYPE, device=device
+        )
+        self.tokens = torch.arange(rows, device=device) % self.model.vocabulary
+        self.event_seconds: list[Callable[[], float]] = []
+        self.events = 0
+        self.graph = self._capture() if device.type == "cuda" else None
+
+    @property
+    def evicts(self) -> bool:
+        return self.mode == EVICTING
+
+    def step(self) -> None:
+        """Evict what is due, then one token for each request."""
+        due = self.requests.due()
+        if due:
+            self._timed(lambda: self._shrink(due), len(due))
+        slots = self.requests.recorded() if self.evicts else None
+        self.requests.grow()
+        if self.mode != STOCK:
+            self._prepare(slots)
+        if self.graph is None:
+            self._forward()
+        else:
+            self.graph.replay()
+
+    # ---- eviction
+
+    def _shrink(self, due: list[int]) -> None:
+        if not self.evicts:
+            self.requests.shorten(due)
+            return
+        batch = self.requests.batch(due, self._window_queries(due))
+        operators.event(batch, self.bound)
+        self.requests.lose(due, batch)
+
+    def _window_queries(self, due: list[int]) -> Tensor:
+        """[layers, due, query_heads, window, head_dim], oldest first."""
+        window = self.model.window
+        places = [
+            i * window + position % window
+            for i in due
+            for position in range(self.requests.all[i].tokens - window, self.requests.all[i].tokens)
+        ]
+        read = self.rings.index_select(1, upload(places, self.pool.device))
+        return read.unflatten(1, (len(due), window)).transpose(2, 3).contiguous()
+
+    def _prepare(self, slots: list[int] | None) -> None:
+        known = slots is not None and max(slots) >= 0
+        ring_slots = upload(slots, self.pool.device, torch.int32) if known else self.no_slots
+        self.ops.prepare_step(
+            self.requests.table,
+            self.requests.lens,
+            self.starts,
+            ring_slots,
+            self.model.block_size,
+            self.live_table,
+            self.live_lens,
+            self.places,
+            self.model.window,
+        )
+
+    def _timed(self, work: Callable[[], None], events: int) -> None:
+        """Device time of the eviction of a step, read when all is done."""
+        self.events += events
+        if self.pool.device.type != "cuda":
+            work()
+            return
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        self.event_seconds.append(lambda: start.elapsed_time(end) / 1000)
+
+    # ---- the forward pass
+
+    def _forward(self) -> None:
+        model, size = self.model, self.model.block_size
+        table, lens = self.requests.table, self.requests.lens
+        position = (lens - 1).long()
+        blocks = table.gather(1, (position // size)[:, None])[:, 0].long()
+        at = position % size
+        if self.mode != STOCK:
+            table, lens = self.live_table, self.live_lens
+        x = self.weights.embedding[self.tokens]
+        queries_end = model.query_heads * model.head_dim
+        for weights, cache, ring in zip(self.weights.layers, self.caches, self.rings, strict=True):
+            qkv = linear(self._norm(x), weights["qkv"])
+            heads = qkv.unflatten(1, (-1, model.head_dim))
+            queries, keys, values = heads.split(
+                [model.query_heads, model.kv_heads, model.kv_heads], 1
+            )
+            cache[blocks, :, at] = torch.cat([keys, values], -1)
+            if self.mode != STOCK:
+                self.ops.store_window_queries(queries, self.places, ring)
+            attended = self.attention(queries, cache, table, lens)
+            x = x + linear(attended.reshape(-1, queries_end), weights["out"])
+            gate, up = linear(self._norm(x), weights["gate_up"]).chunk(2, -1)
+            x = x + linear(silu(gate) * up, weights["down"])
+        self.tokens.copy_(linear(self._norm(x), self.weights.head).argmax(-1))
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return rms_norm(x, x.shape[-1:])
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Warm up on another stream, as capturing asks for, then capture; nothing has run then.
+
+        The tokens and the cache's newest entries change, which is what the first steps write."""
+        if self.mode != STOCK:
+            self._prepare(None)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._forward()
+        self.tokens.copy_(torch.arange(len(self.tokens), device=self.pool.device))
+        return graph
+
+    def check(self) -> None:
+        """The device's live lengths are those that the host counts, or the loop was another one.
+
+        RuntimeError where they differ."""
+        if self.mode == STOCK:
+            return
+        expected = [request.live_tokens for request in self.requests.all]
+        found = self.live_lens.tolist()
+        if found != expected:
+            raise RuntimeError(f"live lengths are {found}, not {expected}")
