@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
 """Requests of different lengths in one fragmented paged cache, for kernels and for their oracle.
 
-Whatever is not a live key of a request is NaN. The oracle is torch in float32: `GKV` over a `View`
+Whatever is not a live key of a request is NaN, and what it does not remember infinite: a maximum
+may drop a NaN. The oracle is torch in float32: `GKV` over a `View`
 of one request."""
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.policies.view import View
 
 NAN = float("nan")
+INF = float("inf")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class World:
                 self.tables[table, request, :count] = ids
         self.table_of_layer = torch.arange(shape.layers, dtype=torch.int32) % shape.tables
         planes = torch.full(
-            (shape.layers, num_blocks, shape.kv_heads, shape.block_size), NAN, device=self.device
+            (shape.layers, num_blocks, shape.kv_heads, shape.block_size), INF, device=self.device
         )
         self.planes = planes
         self.caches = LayerCaches(

@@ -60,6 +60,16 @@ def plant(world: World) -> None:
                 keys[int(world.tables[which, request, block]), :, slot] = copied
 
 
+def make_the_window_most_redundant(world: World) -> None:
+    """Its first key becomes the mean, which all resemble; columns lose later ones."""
+    for request, (live, _, _) in enumerate(world.shape.requests):
+        mean = unprotected(world, request).float().mean(-2)
+        block, slot = divmod(live - world.shape.window, world.shape.block_size)
+        for layer, which in enumerate(world.table_of_layer.tolist()):
+            keys = world.layers().keys[layer]
+            keys[int(world.tables[which, request, block]), :, slot] = mean[layer].to(keys.dtype)
+
+
 def gap_around(world: World, threshold: float) -> tuple[float, float]:
     """The two neighbouring cosines with the widest gap between, close to the threshold."""
     cosines = []
@@ -126,6 +136,7 @@ def test_mixed_scores_are_the_policys(
     shape: Shape, device: torch.device, policy: GKV, per_block: bool
 ) -> None:
     world = World(shape, device, similar=1.0)
+    make_the_window_most_redundant(world)
     unit = shape.block_size if per_block else 1
     importance = [
         torch.rand(
@@ -141,6 +152,9 @@ def test_mixed_scores_are_the_policys(
         view.ops.redundancy(view.block_ids, view.protected, view.live_tokens, 0.5, within_blocks)
         for view in views
     ]
+    if shape.window > 1 and not within_blocks:
+        older = [part[..., : -shape.window].amax() for part in similar]
+        assert any(part.amax() > most for part, most in zip(similar, older, strict=True))
     actual = mix_scores(
         importance,
         similar,

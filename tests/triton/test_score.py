@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gkv_vllm.triton_kernels.requests import DueRequests
 from gkv_vllm.triton_kernels.score import FORMS, local_scores, score_blocks, score_tokens
 from torch import Tensor
 
 from gkv_vllm.policies.gkv import GKV
-from tests.triton.requests import NAN, Shape, World
+from tests.triton.requests import INF, Shape, World
 
 SHAPES = {
     "qwen3": Shape(head_dim=128, window=16),
@@ -74,7 +75,7 @@ ALPHA = 0.8
 
 
 class Remembered:
-    """What a world remembers of its requests, by unit, with NaN where it remembers nothing."""
+    """What a world remembers of its requests, by unit."""
 
     def __init__(self, world: World, unit: int) -> None:
         self.world, self.unit = world, unit
@@ -110,7 +111,7 @@ class Blocks(Remembered):
                 chosen = torch.randperm(width, generator=world.generator)[:count]
                 self.logical[table, i, :count] = chosen.sort().values
         size = (requests + 2, shape.layers, shape.kv_heads, width)
-        self.table = torch.full(size, NAN, device=world.device)
+        self.table = torch.full(size, INF, device=world.device)
         for i, (_, _, known) in enumerate(shape.requests):
             self.put(self.table, i, self.histories[i][..., :known])
 
@@ -136,7 +137,7 @@ class Blocks(Remembered):
         )
         for i, numbers in enumerate(scores):
             self.put(before, i, numbers)
-        assert torch.equal(before.nan_to_num(-1.0), self.table.nan_to_num(-1.0))
+        assert torch.equal(before, self.table)
         return scores
 
 
@@ -169,7 +170,7 @@ class Tokens(Remembered):
         )
         for i, numbers in enumerate(scores):
             self.put(before, i, numbers)
-        assert torch.equal(before.nan_to_num(-1.0), world.planes.nan_to_num(-1.0))
+        assert torch.equal(before, world.planes)
         return scores
 
 
@@ -217,3 +218,59 @@ def test_a_request_scores_the_same_in_any_batch(device: torch.device) -> None:
         queries = world.queries[:, i : i + 1].contiguous()
         (scores,) = local_scores(queries, alone.layers(), alone.due(), scale=world.shape.scale)
         assert torch.equal(scores, together[i])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queries": torch.zeros(1, 3, 8, 6, 64)}, r"queries must be \[1, 3, query_heads, 7, 64\]"),
+        ({"queries": torch.zeros(1, 3, 8, 7, 64)}, "queries must be torch.bfloat16"),
+        (
+            {"history": torch.zeros(5, 2, 2, 20)},
+            r"history must be contiguous float32 \[slots, 1, 2",
+        ),
+        ({"slots": torch.zeros(2, dtype=torch.int32)}, r"slots must be \[3\]"),
+        ({"slots": torch.zeros(3, dtype=torch.int64)}, "slots must be contiguous int32"),
+        ({"logical_blocks": torch.zeros(1, 3, 2, dtype=torch.int32)}, "logical_blocks must be"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused_by_name(
+    device: torch.device, change: dict[str, Tensor], message: str
+) -> None:
+    world = World(Shape(layers=1), device)
+    blocks = Blocks(world)
+    arguments = {
+        "queries": world.queries,
+        "history": blocks.table,
+        "slots": blocks.slots.to(device),
+        "logical_blocks": blocks.logical.to(device),
+        **{name: tensor.to(device) for name, tensor in change.items()},
+    }
+    with pytest.raises(ValueError, match=message):
+        score_blocks(layers=world.layers(), due=world.due(16), scale=1.0, alpha=ALPHA, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"live_tokens": [63, 130]}, "live_tokens must have 3 numbers"),
+        ({"live_tokens": [63, 130, 600]}, "600 live tokens do not hold"),
+        ({"protected": [0, 16, 20]}, "must be multiples of 16 tokens"),
+        ({"num_candidates": [64, 96, 192]}, "63 live tokens do not hold 0 protected ones, 64"),
+    ],
+    ids=["missing", "beyond_the_table", "half_a_block", "into_the_window"],
+)
+def test_lengths_that_contradict_each_other_are_refused(
+    device: torch.device, change: dict[str, list[int]], message: str
+) -> None:
+    due = World(Shape(layers=1), device).due()
+    numbers = ("live_tokens", "protected", "num_candidates", "remembered")
+    with pytest.raises(ValueError, match=message):
+        DueRequests.of(
+            due.tables,
+            due.table_of_layer,
+            **{name: change.get(name, getattr(due, name)) for name in numbers},
+            window=due.window,
+            block_size=due.block_size,
+        )
