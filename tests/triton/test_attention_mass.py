@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from gkv_vllm.triton_kernels import attention_mass as module
+from gkv_vllm.triton_kernels.attention_mass import attention_mass
 from torch import Tensor
 
 from gkv_vllm.ops.layout import CPULayout, GPULayout
 from gkv_vllm.ops.paged import ReferenceOps
-from gkv_vllm.triton_kernels import attention_mass as module
-from gkv_vllm.triton_kernels.attention_mass import attention_mass
 from tests.triton.requests import NAN
 
 EPSILON = torch.finfo(torch.float32).eps

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from gkv_vllm.triton_kernels import compact as module
+from gkv_vllm.triton_kernels.compact import compact
+from gkv_vllm.triton_kernels.paged import PagedLayers, pointers
 from torch import Tensor
 
 from gkv_vllm.ops.layout import CPULayout, GPULayout
 from gkv_vllm.ops.paged import ReferenceOps
-from gkv_vllm.triton_kernels import compact as module
-from gkv_vllm.triton_kernels.compact import compact
-from gkv_vllm.triton_kernels.paged import PagedLayers, pointers
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 

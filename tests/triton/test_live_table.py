@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from gkv_vllm.triton_kernels import live_table as module
+from gkv_vllm.triton_kernels.live_table import prepare_step, squeeze_live_table
 from torch import Tensor
 
 from gkv_vllm.engine.plan import Recording
 from gkv_vllm.ops.live_table import squeeze
-from gkv_vllm.triton_kernels import live_table as module
-from gkv_vllm.triton_kernels.live_table import prepare_step, squeeze_live_table
 from gkv_vllm.worker.rings import RingIndex
 
 STALE = -77

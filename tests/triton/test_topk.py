@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gkv_vllm.triton_kernels import topk as module
+from gkv_vllm.triton_kernels.topk import topk_keep
 from torch import Tensor
 
 from gkv_vllm.ops import topk as oracle
-from gkv_vllm.triton_kernels import topk as module
-from gkv_vllm.triton_kernels.topk import topk_keep
 
 
 def check(scores: Tensor, count: int, device: torch.device) -> None:

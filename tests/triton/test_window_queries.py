@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gkv_vllm.triton_kernels.window_queries import store_window_queries
 
 from gkv_vllm.ops.paged import ReferenceOps
-from gkv_vllm.triton_kernels.window_queries import store_window_queries
 from tests.triton.requests import NAN
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
