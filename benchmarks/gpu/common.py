@@ -59,7 +59,7 @@ class Model:
 
 
 QWEN3_8B = Model(36, 8, 32, 128, 4096, 12288, 151936)
-TINY = Model(2, 2, 4, 32, 64, 96, 512, window=4, protected=16, interval=16)
+TINY = Model(2, 2, 4, 64, 64, 96, 512, window=4, protected=16, interval=16)
 """What Triton's interpreter gets through in seconds."""
 
 
@@ -75,16 +75,16 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def use(args: argparse.Namespace) -> Model:
+def use(args: argparse.Namespace, *, kernels: bool = True) -> Model:
     """Get ready for the device that was asked for; the model's shape to measure.
 
-    Ends the process with a sentence where the device is not there, or would take for ever."""
+    kernels: whether this process runs some, which on a CPU are interpreted. Ends the process with a sentence where the device is not there, or would take for ever."""
     if args.device == "cpu":
         if not args.quick:
             sys.exit("--device cpu interprets the kernels, which takes for ever; add --quick")
-        # Before Triton is imported; its interpreter has no driver of its own.
-        os.environ["TRITON_INTERPRET"] = "1"
-        sys.path.append(str(INTERPRETER))
+        if kernels:  # before Triton is imported; its interpreter has no driver of its own
+            os.environ["TRITON_INTERPRET"] = "1"
+            sys.path.append(str(INTERPRETER))
         return TINY
     import torch
 
