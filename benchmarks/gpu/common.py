@@ -78,7 +78,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
 def use(args: argparse.Namespace, *, kernels: bool = True) -> Model:
     """Get ready for the device that was asked for; the model's shape to measure.
 
-    kernels: whether this process runs some, which on a CPU are interpreted. Ends the process with a sentence where the device is not there, or would take for ever."""
+    kernels: whether this process runs some, which on a CPU are interpreted. Ends the process with a
+    sentence where the device is not there, or would take for ever."""
     if args.device == "cpu":
         if not args.quick:
             sys.exit("--device cpu interprets the kernels, which takes for ever; add --quick")

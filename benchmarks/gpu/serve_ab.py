@@ -179,8 +179,8 @@ async def level(
         )
         for _ in range(concurrency)
     ]
-    before, samples = await settled(server), []
-    start = time.perf_counter()
+    before = await settled(server)
+    samples, start = [watched(before, 0)], time.perf_counter()
     watching = asyncio.create_task(watch(server, start, samples))
     try:
         completions, cut = await client.all_at_once(HOST, server.port, contents, seconds)
