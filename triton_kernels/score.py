@@ -8,6 +8,8 @@ reduced along the rows: group first, then window), so both reductions stay insid
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -414,7 +416,7 @@ def _remember(
     normalised: bool,
     *,
     kind: int,
-    **where: Tensor,
+    **where: Any,
 ) -> list[Tensor]:
     local = ragged(due.older, layers.num_layers, layers.kv_heads, queries)
     scores = ragged(units, layers.num_layers, layers.kv_heads, queries)
