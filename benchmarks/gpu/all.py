@@ -12,24 +12,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
 if __name__ == "__main__":  # this folder's kernels.py would hide the package of that name
-    sys.path[0] = str(HERE.parent)
+    sys.path[0] = str(Path(__file__).parents[1])
 
 import machine
 from gpu import common
 
+HERE = Path(__file__).parent
 SUITE = "suite"
 MINUTES = {SUITE: 4.0, "kernels": 5.0, "decode_step": 4.0}
 """The most that each may take; the server gets what is left."""
 LEAST_SERVER_MINUTES = 5.0
+STOP_SECONDS = 40.0
 
 
 @dataclass
@@ -44,15 +48,20 @@ class Step:
 
     def run(self) -> bool:
         """Run it to its end or its limit, with its output on ours; whether it succeeded."""
-        print(f"--- {self.name}: {' '.join(self.command)}", flush=True)
+        print(f"--- {self.name}: {shlex.join(self.command)}", flush=True)
         started = time.monotonic()
+        process = subprocess.Popen(self.command, cwd=machine.ROOT, env=environment())
         try:
-            code = subprocess.run(
-                self.command, cwd=machine.ROOT, timeout=60 * self.minutes, env=environment()
-            ).returncode
+            code = process.wait(60 * self.minutes)
             self.status = "ok" if code == 0 else f"failed with status {code}"
         except subprocess.TimeoutExpired:
             self.status = f"stopped after {self.minutes:.0f} minutes"
+            process.send_signal(signal.SIGINT)  # it may have a server to stop
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
         self.seconds = round(time.monotonic() - started, 1)
         print(f"--- {self.name}: {self.status}, {self.seconds:.0f} s", flush=True)
         return self.status == "ok"
