@@ -18,6 +18,11 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # in-process engine twenty times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Triton's decorators read this when they are first imported, which vLLM does. It runs no Triton
+# kernel on a CPU by itself, so only the tests of ours are interpreted.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).parents[1]
 
 
