@@ -77,7 +77,8 @@ class Bench:
         return (2, interval + 1) if self.args.quick else (interval, self.args.intervals * interval)
 
     def _decoder(self, mode: str, requests: int, budget: int, steps: int) -> Decoder:
-        from gpu.decoder import Decoder, Requests
+        from gpu.decoder import Decoder
+        from gpu.requests import Requests
 
         batch = Requests(self.pool, requests, budget, steps)
         device = self.pool.device.type
@@ -113,9 +114,10 @@ class Bench:
 
 def measure(args: Any, model: common.Model) -> dict[str, Any]:
     from gpu import attention
-    from gpu.decoder import Requests, Weights
+    from gpu.decoder import Weights
     from gpu.operators import implementations, shape_of
     from gpu.pool import Pool, blocks_that_fit
+    from gpu.requests import Requests
 
     from gkv_vllm.ops.paged import resolve
 
