@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,15 @@ def test_the_cpu_is_only_for_smoke_runs(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_token_of_qwen3_8b_takes_144_kib() -> None:
     assert common.QWEN3_8B.cache_bytes(1) == 144 * 1024
     assert common.QWEN3_8B.plane_bytes(1) == 36 * 8 * 4
+
+
+def test_an_event_scores_as_many_requests_together_as_a_worker() -> None:
+    """Read, not imported: neither vLLM nor Triton belongs into this process."""
+    pattern = re.compile(r"^SCORED_TOGETHER = (\d+)$", re.MULTILINE)
+    root = kernels.machine.ROOT
+    files = ("benchmarks/gpu/operators.py", "gkv_vllm/worker/worker.py")
+    found = [pattern.findall((root / name).read_text()) for name in files]
+    assert len(found[0]) == 1 and found[0] == found[1]
 
 
 # --- the server --------------------------------------------------------------------------------
