@@ -91,9 +91,11 @@ def recorded(engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """Run one batch.
 
     outputs: per request `harness.completed`, None if it was aborted.
-    events: per request its evictions in order: `computed` tokens, `candidates`, what `left` of them
-        (per layer group) and, if tokens moved, `targets` and the tokens `kept` (per layer and head).
-    preempted: how often requests were; free, pool: blocks, at the end and at the start.
+    events: per request its evictions in order: the blocks that `left` (per layer group) and, if
+        tokens move, the `candidates`, their `targets`, which of these are `fresh` blocks, and the
+        tokens `kept` (per layer and head).
+    preempted: per request, for each time it was, how many evictions it had had.
+    pool, free: blocks that were free at the start and at the end.
     cached: how many blocks stayed in the prefix cache from start to end; changed: how many of them
         hold other bytes than they did.
     """
@@ -124,7 +126,7 @@ def recorded(engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
     return {
         "outputs": outputs,
         "events": [log.events.get(id_, []) for id_ in order],
-        "preempted": log.preempted,
+        "preempted": [log.preempted.get(id_, []) for id_ in order],
         "steps": log.steps,
         "free": free,
         "pool": pool,
@@ -159,7 +161,7 @@ class EvictionLog:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.events: dict[str, list[dict[str, Any]]] = {}
-        self.preempted = 0
+        self.preempted: dict[str, list[int]] = {}
         self.steps = 0
         self._moved: list[Any] = []
 
@@ -170,16 +172,17 @@ class EvictionLog:
             stack.enter_context(self.engine.each_begin(self._begun))
 
     def _scheduled(self, output: Any) -> None:
-        self.preempted += len(output.preempted_req_ids or ())
         self.steps += 1
+        for request_id in output.preempted_req_ids or ():
+            events = len(self.events.get(request_id, ()))
+            self.preempted.setdefault(request_id, []).append(events)
         plan = getattr(output, "gkv_plan", None)
         for request_id, left in (plan.drops if plan else {}).items():
             event: dict[str, Any] = {"left": list(left)}
             if order := plan.compact.get(request_id):
-                event["computed"] = order.selection.num_tokens
                 event["candidates"] = order.selection.candidates
                 event["targets"] = order.targets
-                event["fresh"] = sum(map(len, order.fresh.values()))
+                event["fresh"] = sorted(set().union(*order.fresh.values()))
             self.events.setdefault(request_id, []).append(event)
 
     def _begun(self, plan: Any) -> None:
