@@ -58,7 +58,7 @@ def test_a_command_line_without_a_policy(demo_model):
 
 
 def test_all_refusals_of_a_command_line_are_told(demo_model):
-    argv = ["--kv-policy", "gvk", "-tp", "2", "--kv-cache-dtype", "fp8", "--max-model-len", "512"]
+    argv = ["--kv-policy", "gvk", "-pp", "2", "--kv-cache-dtype", "fp8", "--max-model-len", "512"]
     problems = wrong(command_line(demo_model, *argv))
     assert len(problems) == 3
     for text, says in zip(problems, ["of 2", "'fp8'", "did you mean 'gkv'"], strict=True):
