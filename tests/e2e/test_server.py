@@ -209,9 +209,9 @@ def test_several_api_servers_share_the_metrics(demo_model: Path, tmp_path: Path)
     [
         (["--kv-policy", "gvk"], "did you mean 'gkv'"),
         (["--kv-policy", "gkv", "--kv-window", "64", "--kv-budget", "32"], "window=64"),
-        (["--kv-policy", "gkv", "--tensor-parallel-size", "2"], "tensor"),
+        (["--kv-policy", "gkv", "--pipeline-parallel-size", "2"], "tensor"),
     ],
-    ids=["unknown policy", "window over budget", "tensor parallel"],
+    ids=["unknown policy", "window over budget", "pipeline parallel"],
 )
 def test_a_start_that_cannot_work_ends_with_a_sentence(
     demo_model: Path, tmp_path: Path, arguments: list[str], sentence: str
