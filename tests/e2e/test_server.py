@@ -209,7 +209,7 @@ def test_several_api_servers_share_the_metrics(demo_model: Path, tmp_path: Path)
     [
         (["--kv-policy", "gvk"], "did you mean 'gkv'"),
         (["--kv-policy", "gkv", "--kv-window", "64", "--kv-budget", "32"], "window=64"),
-        (["--kv-policy", "gkv", "--pipeline-parallel-size", "2"], "tensor"),
+        (["--kv-policy", "gkv", "--pipeline-parallel-size", "2"], "pipeline"),
     ],
     ids=["unknown policy", "window over budget", "pipeline parallel"],
 )
