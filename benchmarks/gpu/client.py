@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,23 @@ def body(model: str, prompt: list[int], tokens: int) -> bytes:
         "stream_options": {"include_usage": True},
     }
     return json.dumps(asked).encode()
+
+
+async def get(host: str, port: int, path: str) -> str:
+    """The body of a GET request, unparsed: work in another thread would hold up the streams.
+
+    RequestFailed where the answer is not 200, or has no length."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        head = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode())
+        answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = re.search(r"^content-length: (\d+)", answer, re.MULTILINE)
+        if " 200 " not in answer.partition("\r\n")[0] or length is None:
+            raise RequestFailed(f"GET {path}: {answer}")
+        return (await reader.readexactly(int(length[1]))).decode()
+    finally:
+        writer.close()
 
 
 async def complete(host: str, port: int, content: bytes, completion: Completion) -> None:

@@ -39,6 +39,7 @@ DEMO_CONFIG = machine.ROOT / "configs" / "serve" / "demo.yaml"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 PROMPT_IDS = 256
 """The demo tokenizer's bytes; its special tokens lie above."""
+GENERATED = "vllm:generation_tokens_total"
 SAMPLE_SECONDS = 0.5
 START_SECONDS = 600.0
 """A first start compiles and captures graphs."""
@@ -146,24 +147,26 @@ def watched(metrics: Metrics, seconds: float) -> Sample:
     )
 
 
-async def watch(server: Server, start: float, samples: list[Sample]) -> None:
-    """Sample the server until cancelled."""
+async def watch(server: Server, start: float, readings: list[tuple[float, str]]) -> None:
+    """Note `/metrics` until cancelled; it is parsed when all is over."""
     while True:
-        metrics = await asyncio.to_thread(server.metrics)
-        samples.append(watched(metrics, time.perf_counter() - start))
+        text = await client.get(HOST, server.port, "/metrics")
+        readings.append((time.perf_counter() - start, text))
         await asyncio.sleep(SAMPLE_SECONDS)
 
 
-async def settled(server: Server) -> Metrics:
-    """The metrics once nothing runs; ServerFailed when that takes too long."""
+async def settled(server: Server, generated: float = 0) -> Metrics:
+    """The metrics once nothing runs and they count so many tokens: counting follows answering.
+
+    ServerFailed when that takes too long."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while time.monotonic() < deadline:
         metrics = await asyncio.to_thread(server.metrics)
-        if not watched(metrics, 0).running and not watched(metrics, 0).waiting:
-            await asyncio.sleep(0.2)  # the counters of the last step
-            return await asyncio.to_thread(server.metrics)
+        now = watched(metrics, 0)
+        if not now.running and not now.waiting and metrics.value(GENERATED) >= generated:
+            return metrics
         await asyncio.sleep(0.1)
-    raise ServerFailed(f"requests still run {SETTLE_SECONDS:.0f} s after they were aborted")
+    raise ServerFailed(f"requests still run {SETTLE_SECONDS:.0f} s after they were done or aborted")
 
 
 async def level(
@@ -180,20 +183,24 @@ async def level(
         for _ in range(concurrency)
     ]
     before = await settled(server)
-    samples, start = [watched(before, 0)], time.perf_counter()
-    watching = asyncio.create_task(watch(server, start, samples))
+    readings: list[tuple[float, str]] = []
+    start = time.perf_counter()
+    watching = asyncio.create_task(watch(server, start, readings))
     try:
         completions, cut = await client.all_at_once(HOST, server.port, contents, seconds)
         took = time.perf_counter() - start
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+    samples = [watched(before, 0), *(watched(Metrics(text), at) for at, text in readings)]
+    seen = summary(completions, took)
+    after = await settled(server, before.value(GENERATED) + seen["tokens"])
     return {
         "concurrency": concurrency,
         "seconds": round(took, 2),
         "cut": cut,
-        **summary(completions, took),
-        **counted(before, await settled(server)),
+        **seen,
+        **counted(before, after),
         "running_mean": round(statistics.fmean(s.running for s in samples), 2),
         "kv_use_mean": round(statistics.fmean(s.kv_use for s in samples), 4),
         "kv_use_peak": max(s.kv_use for s in samples),
@@ -208,6 +215,7 @@ def summary(completions: list[client.Completion], seconds: float) -> dict[str, A
     firsts = [c.arrivals[0] - c.sent for c in completions if c.arrivals]
     return {
         "tokens": tokens,
+        "events": sum(len(completion.arrivals) for completion in completions),
         "tokens_per_second": round(tokens / seconds, 1),
         "requests_done": sum(c.tokens is not None for c in completions),
         "inter_token_ms_p50": milliseconds(gaps, 0.5),

@@ -111,3 +111,25 @@ def test_a_stream_that_breaks_off_is_an_error() -> None:
 
     with pytest.raises(client.RequestFailed, match="ended after 1 events"):
         against(answer, 1, 10.0)
+
+
+def test_a_page_is_read_whole_and_an_error_is_one() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        good = head.startswith(b"GET /metrics ")
+        writer.write(b"HTTP/1.1 200 OK\r\n" if good else b"HTTP/1.1 404 Not Found\r\n")
+        writer.write(b"content-length: 5\r\n\r\na")
+        await writer.drain()
+        await asyncio.sleep(GAP)
+        writer.write(b"b 1\n")
+        writer.close()
+
+    async def run() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            assert await client.get("127.0.0.1", port, "/metrics") == "ab 1\n"
+            with pytest.raises(client.RequestFailed, match="404"):
+                await client.get("127.0.0.1", port, "/nothing")
+
+    asyncio.run(run())
