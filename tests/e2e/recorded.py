@@ -11,10 +11,13 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 RESULT = "recorded: "
 INTERPRETER = Path(__file__).parents[1] / "triton_cpu"
@@ -95,6 +98,8 @@ def recorded(engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
         tokens move, the `candidates`, their `targets`, which of these are `fresh` blocks, and the
         tokens `kept` (per layer and head).
     preempted: per request, for each time it was, how many evictions it had had.
+    holes: how many rows of the batches had holes; miscounted: in how many rows the runner adapter
+        counts other holes than the live lengths say.
     pool, free: blocks that were free at the start and at the end.
     cached: how many blocks stayed in the prefix cache from start to end; changed: how many of them
         hold other bytes than they did.
@@ -127,6 +132,8 @@ def recorded(engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
         "outputs": outputs,
         "events": [log.events.get(id_, []) for id_ in order],
         "preempted": [log.preempted.get(id_, []) for id_ in order],
+        "holes": log.holes,
+        "miscounted": log.miscounted,
         "steps": log.steps,
         "free": free,
         "pool": pool,
@@ -163,6 +170,8 @@ class EvictionLog:
         self.events: dict[str, list[dict[str, Any]]] = {}
         self.preempted: dict[str, list[int]] = {}
         self.steps = 0
+        self.holes = 0
+        self.miscounted = 0
         self._moved: list[Any] = []
 
     def watch(self, stack: ExitStack) -> None:
@@ -170,6 +179,7 @@ class EvictionLog:
         if getattr(self.engine.worker, "evictor", None) is not None:
             stack.enter_context(self.engine.each_compaction(self._moved.append))
             stack.enter_context(self.engine.each_begin(self._begun))
+            stack.enter_context(each_forward(self.engine.worker.evictor, self._prepared))
 
     def _scheduled(self, output: Any) -> None:
         self.steps += 1
@@ -192,6 +202,30 @@ class EvictionLog:
             waiting = [e for e in self.events[request_id] if "targets" in e and "kept" not in e]
             waiting[0]["kept"] = kept.tolist()
         self._moved.clear()
+
+    def _prepared(self, metadata: Any, live: Any) -> None:
+        gone = (metadata.seq_lens - live.seq_lens).numpy()[: metadata.num_reqs]
+        missing = gone // self.engine.scheduler.block_size
+        counted = self.engine.worker.evictor.holes(metadata)
+        counted = np.zeros_like(missing) if counted is None else counted
+        self.holes += int((missing > 0).sum())
+        self.miscounted += int((counted != missing).sum())
+
+
+@contextmanager
+def each_forward(evictor: Any, look: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Call `look(metadata, live)` for each KV cache group of each batch."""
+    original = evictor.begin_forward
+
+    def begin_forward(group: int, metadata: Any, live: Any) -> None:
+        look(metadata, live)
+        original(group, metadata, live)
+
+    evictor.begin_forward = begin_forward
+    try:
+        yield
+    finally:
+        del evictor.begin_forward
 
 
 def schedule_ahead() -> None:

@@ -136,6 +136,14 @@ def test_v1_and_v2_keep_the_same_and_answer_the_same(runs: Any, form: str) -> No
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_the_adapter_knows_the_holes_of_every_row(runs: Any, runner: str, form: str) -> None:
+    for name, batch in runs(form, runner)["batches"].items():
+        assert (batch["holes"] > 0) == any(batch["events"]), name
+        assert batch["miscounted"] == 0, name
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_every_v2_request_gets_its_tokens_and_every_block_returns(runs: Any, form: str) -> None:
     for name, batch in runs(form, "V2")["batches"].items():
         if name != "abort":
