@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .requests import check_int32, load_live_keys
-from .score import _logits
+from .score import attention_logits
 from .signatures import Signature
 
 PROGRAMS = 1024
@@ -115,7 +115,7 @@ def _log_sums_kernel(
                 HEAD_DIM,
                 DIM,
             )
-            logits = _logits(query, tl.trans(key), scale, softcap, SOFTCAP, INTERPRET)
+            logits = attention_logits(query, tl.trans(key), scale, softcap, SOFTCAP, INTERPRET)
             logits = tl.where(at[None, :] <= (old + member)[:, None], logits, float("-inf"))
             higher = tl.maximum(peak, tl.max(logits, 1))
             total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
@@ -203,7 +203,7 @@ def _mass_kernel(
             )
             place = member.to(tl.int64) * (heads * GROUP) + row % GROUP_PAD
             log_sum = tl.load(log_sums + place, mask=exists, other=0.0)
-            logits = _logits(key, tl.trans(query), scale, softcap, SOFTCAP, INTERPRET)
+            logits = attention_logits(key, tl.trans(query), scale, softcap, SOFTCAP, INTERPRET)
             attends = exists[None, :] & (at[:, None] <= (old + member)[None, :])
             mass += tl.sum(tl.where(attends, tl.exp2(logits - log_sum[None, :]), 0.0), 1)
         written = (at >= changed) & (at < live)

@@ -45,7 +45,7 @@ TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def _logits(left, right, scale, softcap, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr):
+def attention_logits(left, right, scale, softcap, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr):
     """Attention logits in units of log 2, for `exp2`."""
     if INTERPRET:  # its dot takes the bits of bfloat16 for integers
         left, right = left.to(tl.float32), right.to(tl.float32)
@@ -123,7 +123,7 @@ def _score_window(
                 HEAD_DIM,
                 DIM,
             )
-            logits = _logits(query, tl.trans(key), scale, softcap, SOFTCAP, INTERPRET)
+            logits = attention_logits(query, tl.trans(key), scale, softcap, SOFTCAP, INTERPRET)
             if FORM == MAX_LOGIT:
                 logits = tl.where(in_group[:, None], logits, float("-inf"))
                 if GROUP_PAD > 1:
@@ -151,7 +151,7 @@ def _score_window(
                 HEAD_DIM,
                 DIM,
             )
-            logits = _logits(key, transposed, scale, softcap, SOFTCAP, INTERPRET)
+            logits = attention_logits(key, transposed, scale, softcap, SOFTCAP, INTERPRET)
             if FORM == MAX_LOGIT:
                 logits = tl.where(in_group[None, :], logits, float("-inf"))
                 if GROUP_PAD > 1:

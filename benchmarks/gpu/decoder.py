@@ -129,10 +129,10 @@ class Decoder:
             self.starts,
             ring_slots,
             self.model.block_size,
+            self.model.window,
             self.live_table,
             self.live_lens,
             self.places,
-            self.model.window,
         )
 
     def _timed(self, work: Callable[[], None], events: int) -> None:

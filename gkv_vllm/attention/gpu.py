@@ -11,9 +11,6 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
 from gkv_vllm.attention.wrap import wrap_backend
 
-BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
-"""Backends that a policy runs with: any platform's own choice among them is respected."""
-
 GKVFlashAttentionBackend = wrap_backend(FlashAttentionBackend)
 GKVTritonAttentionBackend = wrap_backend(TritonAttentionBackend)
 

@@ -47,20 +47,20 @@ class CUDAOps(TritonOps):
         query_starts: Tensor,
         slots: Tensor,
         block_size: int,
-        live: Tensor,
+        window: int,
+        live_table: Tensor,
         live_lens: Tensor,
         places: Tensor | None,
-        window: int,
     ) -> None:
         if places is None or "prepare_step" not in self.chosen:
             super().prepare_step(
-                *(block_table, seq_lens, query_starts, slots, block_size),
-                *(live, live_lens, places, window),
+                *(block_table, seq_lens, query_starts, slots, block_size, window),
+                *(live_table, live_lens, places),
             )
             return
         torch.ops.gkv.prepare_step(
             *(block_table, seq_lens, query_starts, slots, block_size, window),
-            *(live, live_lens, places),
+            *(live_table, live_lens, places),
         )
 
     def store_window_queries(self, queries: Tensor, places: Tensor, ring: Tensor) -> None:

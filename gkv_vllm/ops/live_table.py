@@ -51,17 +51,17 @@ def prepare_step(
     query_starts: Tensor,
     slots: Tensor,
     block_size: int,
-    live: Tensor,
+    window: int,
+    live_table: Tensor,
     live_lens: Tensor,
     places: Tensor | None,
-    window: int,
 ) -> None:
     """`squeeze` and the ring places of a batch, into tensors that keep their address.
 
     The readable form of the kernels of that name: torch, on any device, without a wait. All int32:
     block_table [rows, width], seq_lens [rows] (0 for rows that pad the batch), query_starts
-    [rows + 1], slots [rows] (-1: queries are not kept). Writes live [rows, width], of which what
-    follows a row's live blocks is 0 up to the row's used blocks and undefined behind them;
+    [rows + 1], slots [rows] (-1: queries are not kept). Writes live_table [rows, width], of which
+    what follows a row's live blocks is 0 up to the row's used blocks and undefined behind them;
     live_lens [rows]; and places [tokens], if given: where in the rings each token's query goes,
     `slot * window + position % window` for the last `window` of a request that is kept, else -1.
     """
@@ -71,7 +71,7 @@ def prepare_step(
     is_live = (block_table != NULL_BLOCK) & (columns < used)
     order = is_live.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     count = is_live.sum(1, keepdim=True, dtype=torch.int32)
-    live.copy_(block_table.gather(1, order).masked_fill(columns >= count, 0))
+    live_table.copy_(block_table.gather(1, order).masked_fill(columns >= count, 0))
     live_lens.copy_(seq_lens - (used - count)[:, 0] * block_size)
     if places is None:
         return

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gkv_vllm.config import setting_named
 from gkv_vllm.ops import layout as layouts
 from gkv_vllm.ops import reference
 from gkv_vllm.ops import topk as _topk
@@ -120,10 +121,10 @@ class PagedOps(Protocol):
         query_starts: Tensor,
         slots: Tensor,
         block_size: int,
-        live: Tensor,
+        window: int,
+        live_table: Tensor,
         live_lens: Tensor,
         places: Tensor | None,
-        window: int,
     ) -> None:
         """`live_table.prepare_step`: the live table at addresses that stay, without a wait."""
 
@@ -235,26 +236,24 @@ class ReferenceOps:
         query_starts: Tensor,
         slots: Tensor,
         block_size: int,
-        live: Tensor,
+        window: int,
+        live_table: Tensor,
         live_lens: Tensor,
         places: Tensor | None,
-        window: int,
     ) -> None:
         prepare_step(
-            *(block_table, seq_lens, query_starts, slots, block_size),
-            *(live, live_lens, places, window),
+            *(block_table, seq_lens, query_starts, slots, block_size, window),
+            *(live_table, live_lens, places),
         )
-
-
-IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 
 
 def resolve(impl: str, device: str = "cpu") -> PagedOps:
     """The operators that `kv_policy impl` asks for on this type of device (`cpu` or `cuda`).
 
     ValueError where they are asked for by name and this installation does not have them."""
-    if impl not in IMPLS:
-        raise ValueError(f"unknown impl '{impl}'; valid: {', '.join(IMPLS)}")
+    valid = setting_named("impl").metadata["choices"]
+    if impl not in valid:
+        raise ValueError(f"unknown impl '{impl}'; valid: {', '.join(valid)}")
     if device != "cpu":
         return _resolve_gpu(impl)
     if impl == "reference":

@@ -17,7 +17,8 @@ from gkv_vllm.ops.layers import EachLayer, LayerCaches, LayerOps
 from gkv_vllm.ops.layout import GPULayout, Layout
 from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.ops.upload import upload
-from gkv_vllm.triton_kernels import compact, live_table, redundancy, score, topk, window_queries
+from gkv_vllm.triton_kernels import compact, redundancy, score, topk, window_queries
+from gkv_vllm.triton_kernels import live_table as live_tables
 from gkv_vllm.triton_kernels.paged import PagedLayers, pointers
 from gkv_vllm.triton_kernels.requests import DueRequests
 
@@ -45,24 +46,28 @@ class TritonOps(ReferenceOps):
         query_starts: Tensor,
         slots: Tensor,
         block_size: int,
-        live: Tensor,
+        window: int,
+        live_table: Tensor,
         live_lens: Tensor,
         places: Tensor | None,
-        window: int,
     ) -> None:
         if places is None:
-            live_table.squeeze_live_table(
-                block_table, seq_lens, block_size=block_size, live_table=live, live_lens=live_lens
+            live_tables.squeeze_live_table(
+                block_table,
+                seq_lens,
+                block_size=block_size,
+                live_table=live_table,
+                live_lens=live_lens,
             )
             return
-        live_table.prepare_step(
+        live_tables.prepare_step(
             block_table,
             seq_lens,
             query_starts,
             slots,
             block_size=block_size,
             window=window,
-            live_table=live,
+            live_table=live_table,
             live_lens=live_lens,
             places=places,
         )

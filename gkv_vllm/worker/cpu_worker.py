@@ -15,8 +15,6 @@ from gkv_vllm.worker.worker import EvictionWorkerMixin
 class GKVCPUWorker(EvictionWorkerMixin, CPUWorker):
     """CPU_ATTN over live tables."""
 
-    usable_backends = ("CPU_ATTN",)
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         cpu_attention.register()
         super().__init__(*args, **kwargs)

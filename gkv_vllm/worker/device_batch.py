@@ -34,7 +34,6 @@ class DeviceBatch:
         evictor: Evictor,
         ops: PagedOps,
         *,
-        group: int,
         block_size: int,
         max_rows: int,
         ring_index: RingIndex | None,
@@ -43,7 +42,6 @@ class DeviceBatch:
         """ring_index: for the first KV cache group; the others leave it alone."""
         self.evictor = evictor
         self.ops = ops
-        self.group = group
         self.block_size = block_size
         self.ring_index = ring_index
         self.live_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
@@ -64,10 +62,10 @@ class DeviceBatch:
             metadata.query_start_loc,
             self._slots(metadata, rows),
             self.block_size,
+            self.ring_index.window if self.ring_index is not None else 1,
             live_table,
             live_lens,
             self.ring_index.places if self.ring_index is not None else None,
-            self.ring_index.window if self.ring_index is not None else 1,
         )
         live = replace(
             metadata,

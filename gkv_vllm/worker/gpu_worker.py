@@ -15,8 +15,6 @@ from gkv_vllm.worker.worker import EvictionWorkerMixin
 class GKVGPUWorker(EvictionWorkerMixin, Worker):
     """FLASH_ATTN or TRITON_ATTN, whichever the platform or the user chose, over live tables."""
 
-    usable_backends = gpu_attention.BACKENDS
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         gpu_attention.register()
         super().__init__(*args, **kwargs)

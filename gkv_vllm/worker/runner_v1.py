@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+from gkv_vllm.ops.upload import upload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +36,7 @@ class V1Runner:
             self.runner.input_batch.block_table[group].block_table.np[row, blocks] = ids
 
     def row(self, request_id: str, group: int) -> Tensor:
-        ids = torch.tensor(self.runner.requests[request_id].block_ids[group])
-        return ids.to(self.runner.device, non_blocking=True)
+        return upload(self.runner.requests[request_id].block_ids[group], self.runner.device)
 
     def batch(self, metadata: CommonAttentionMetadata) -> dict[str, int]:
         return self.runner.input_batch.req_id_to_index

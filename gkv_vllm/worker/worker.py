@@ -22,6 +22,7 @@ from gkv_vllm.engine.plan import PLAN_ATTRIBUTE, REPORT_ATTRIBUTE, WorkerReport
 from gkv_vllm.engine.spec import GKVSpec, split_layers
 from gkv_vllm.ops import paged
 from gkv_vllm.policies import registry
+from gkv_vllm.refusals import BACKENDS
 from gkv_vllm.worker.device_batch import DeviceBatch
 from gkv_vllm.worker.evictor import Evictor
 from gkv_vllm.worker.layers import EvictedLayer
@@ -48,9 +49,6 @@ WORK_ARRAYS = 4
 
 class EvictionWorkerMixin(Worker):
     """Eviction for any of vLLM's workers; `cpu_worker` and `gpu_worker` say which."""
-
-    usable_backends: tuple[str, ...] = ()
-    """Attention backends that are wrapped on this platform."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -170,9 +168,10 @@ class EvictionWorkerMixin(Worker):
         for name, (group, spec) in owners.items():
             impl, cache = self._layer(name).impl, self._layer(name).kv_cache
             if not isinstance(impl, ObservedImpl):
+                usable = " or ".join(BACKENDS[self.device.type])
                 raise ConfigError(
                     f"attention layer {name} runs {type(impl).__name__}, which would read evicted "
-                    f"blocks; set --attention-backend to {' or '.join(self.usable_backends)}, or "
+                    f"blocks; set --attention-backend to {usable}, or "
                     "serve this model without --kv-policy"
                 )
             layer = EvictedLayer(
@@ -220,7 +219,6 @@ class EvictionWorkerMixin(Worker):
             return DeviceBatch(
                 evictor,
                 ops,
-                group=group,
                 block_size=block_size,
                 max_rows=self._max_rows(),
                 ring_index=ring_index if group == first else None,

@@ -71,7 +71,6 @@ def device_batch(ops: PagedOps, engine: Engine) -> tuple[DeviceBatch, RingIndex]
     made = DeviceBatch(
         engine,  # type: ignore[arg-type]
         ops,
-        group=0,
         block_size=BLOCK_SIZE,
         max_rows=MAX_ROWS,
         ring_index=index,
@@ -141,7 +140,6 @@ def test_a_group_without_rings_leaves_the_places_alone(ops: PagedOps) -> None:
     second = DeviceBatch(
         engine,  # type: ignore[arg-type]
         ops,
-        group=1,
         block_size=BLOCK_SIZE,
         max_rows=MAX_ROWS,
         ring_index=None,

@@ -48,7 +48,7 @@ def tolerance(world: World) -> float:
 
 def block_scores(world: World, scorer: Scorer, **selection: int) -> Tensor:
     ((scores,),) = scorer.block_scores([(world.selection(**selection), world.table)])
-    return torch.tensor(scores)
+    return scores
 
 
 # ---- block granularity
