@@ -427,7 +427,7 @@ def test_on_a_command_line_refusals_exit_with_the_same_lines(engine_args, demo_m
 
 @pytest.mark.e2e
 def test_a_refused_serve_prints_sentences_and_no_traceback(demo_model):
-    argv = ["serve", str(demo_model), "--kv-policy", "gkv", "-tp", "2", "--max-model-len", "512"]
+    argv = ["serve", str(demo_model), "--kv-policy", "gkv", "-pp", "2", "--max-model-len", "512"]
     done = subprocess.run(
         [sys.executable, "-m", "vllm.entrypoints.cli.main", *argv],
         capture_output=True,
