@@ -142,15 +142,6 @@ def _settings(config: Any) -> KVPolicyConfig:
     return KVPolicyConfig.from_mapping((config.additional_config or {}).get("kv_policy"))
 
 
-def _accumulates_on_gpu(config: Any) -> bool:
-    from gkv_vllm.policies import registry
-
-    if config.device_config.device_type == "cpu" or not _settings(config).active:
-        return False
-    settings = _settings(config)
-    return registry.create(settings.policy, settings.policy_config).needs.attention_mass
-
-
 def _reference_in_graphs(config: Any) -> bool:
     if config.device_config.device_type == "cpu" or config.model_config.enforce_eager:
         return False
@@ -211,12 +202,6 @@ REFUSALS: list[Refusal] = [
         "the attention backend {found} yet",
         "set --attention-backend to FLASH_ATTN or TRITON_ATTN on a GPU, to CPU_ATTN on a CPU",
         found=lambda config: ", ".join(_foreign_backends(config)),
-    ),
-    Refusal(
-        "accumulated attention (h2o) on a GPU",
-        _accumulates_on_gpu,
-        "a policy that sums up the attention of every query on a GPU yet",
-        "choose a policy that scores at evictions, such as gkv or snapkv",
     ),
     Refusal(
         "impl=reference on a GPU with CUDA graphs",

@@ -156,11 +156,12 @@ def on_gpu(**policy):
     return config
 
 
+@pytest.mark.parametrize("policy", ["gkv", "h2o"])
 @pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON_ATTN"])
-def test_a_gpu_is_not_refused(name):
-    config = on_gpu(policy="gkv")
+def test_a_gpu_is_not_refused(name, policy):
+    config = on_gpu(policy=policy)
     spoil(config, "attention_config.backend", backend(name))
-    assert collect(config, GKV) == []
+    assert collect(config, KVPolicyConfig(policy=policy)) == []
 
 
 def test_a_backend_of_another_device_is_refused():
@@ -168,12 +169,6 @@ def test_a_backend_of_another_device_is_refused():
     spoil(config, "attention_config.backend", backend("CPU_ATTN"))
     (sentence,) = collect(config, GKV)
     assert "CPU_ATTN" in sentence and "FLASH_ATTN" in sentence
-
-
-def test_accumulated_attention_on_a_gpu_is_refused():
-    (sentence,) = collect(on_gpu(policy="h2o"), KVPolicyConfig(policy="h2o"))
-    assert "accumulated attention (h2o) on a GPU" in names_of(on_gpu(policy="h2o"))
-    assert "gkv" in sentence
 
 
 def test_the_reference_in_cuda_graphs_is_refused():
@@ -297,7 +292,6 @@ def test_every_refusal_has_a_test():
     tested = {name for _, _, name, _ in SPOILT} | {
         "other versions of vLLM",
         "the Rust front end",
-        "accumulated attention (h2o) on a GPU",
         "impl=reference on a GPU with CUDA graphs",
         WITHOUT_HYBRID_MANAGER,
     }

@@ -88,13 +88,26 @@ class ObservedImpl(AttentionImpl[Any]):
                 "serve this model without --kv-policy"
             )
 
-    def forward(self, layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        sink = self.query_sink
-        if sink is None:
-            return super().forward(layer, query, *args, **kwargs)  # type: ignore[safe-super]
-        sink.before_attention(query)
-        output = super().forward(layer, query, *args, **kwargs)  # type: ignore[safe-super]
-        sink.after_attention(query)
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        # A dummy batch may come without metadata: then what the last batch left would be read.
+        sink = self.query_sink if attn_metadata is not None else None
+        if sink is not None:
+            sink.before_attention(query)
+        output = super().forward(  # type: ignore[safe-super]
+            layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
+        )
+        if sink is not None:
+            sink.after_attention(query)
         return output
 
 

@@ -17,7 +17,14 @@ from gkv_vllm.ops.layers import EachLayer, LayerCaches, LayerOps
 from gkv_vllm.ops.layout import GPULayout, Layout
 from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.ops.upload import upload
-from gkv_vllm.triton_kernels import compact, redundancy, score, topk, window_queries
+from gkv_vllm.triton_kernels import (
+    attention_mass,
+    compact,
+    redundancy,
+    score,
+    topk,
+    window_queries,
+)
 from gkv_vllm.triton_kernels import live_table as live_tables
 from gkv_vllm.triton_kernels.paged import PagedLayers, pointers
 from gkv_vllm.triton_kernels.requests import DueRequests
@@ -70,6 +77,25 @@ class TritonOps(ReferenceOps):
             live_table=live_table,
             live_lens=live_lens,
             places=places,
+        )
+
+    def attention_mass(
+        self,
+        queries: Tensor,
+        kv_cache: Tensor,
+        plane: Tensor,
+        live_table: Tensor,
+        live_lens: Tensor,
+        query_starts: Tensor,
+        protected: Tensor,
+        scale: float,
+        softcap: float,
+    ) -> None:
+        attention_mass.attention_mass(
+            *(queries, self.layout.keys(kv_cache), plane),
+            *(live_table, live_lens, query_starts, protected),
+            scale=scale,
+            softcap=softcap,
         )
 
     def store_window_queries(self, queries: Tensor, places: Tensor, ring: Tensor) -> None:

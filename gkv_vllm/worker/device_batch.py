@@ -11,6 +11,7 @@ import torch
 
 from gkv_vllm.ops.paged import PagedOps
 from gkv_vllm.ops.upload import upload
+from gkv_vllm.worker.mass import MassIndex
 from gkv_vllm.worker.rings import RingIndex
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ class DeviceBatch:
     """What a metadata builder of one KV cache group calls in every step, captured ones included.
 
     One launch squeezes all rows and, for the first group, finds the ring places of the batch's
-    tokens. A graph that was captured with these buffers sees what the next step wrote into them.
-    Scheduler metadata that a backend computes ahead of time sees live lengths, since it is computed
-    from what this returns."""
+    tokens. Where attention is accumulated, one copy says for which rows. A graph that was captured
+    with these buffers sees what the next step wrote into them. Scheduler metadata that a backend
+    computes ahead of time sees live lengths, since it is computed from what this returns."""
 
     def __init__(
         self,
@@ -36,16 +37,21 @@ class DeviceBatch:
         *,
         block_size: int,
         max_rows: int,
+        group: int,
         ring_index: RingIndex | None,
+        mass_index: MassIndex | None,
         device: torch.device,
     ) -> None:
         """ring_index: for the first KV cache group; the others leave it alone."""
         self.evictor = evictor
         self.ops = ops
         self.block_size = block_size
+        self.group = group
         self.ring_index = ring_index
+        self.mass_index = mass_index
         self.live_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.no_slots = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
+        self.protected = self.no_slots.clone()
         self.live_table: Tensor | None = None
 
     def __call__(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
@@ -67,6 +73,11 @@ class DeviceBatch:
             live_lens,
             self.ring_index.places if self.ring_index is not None else None,
         )
+        if self.mass_index is not None:
+            protected = self._protected(metadata, rows)
+            # The runner's own buffer, of which attention in a graph reads the same part.
+            starts = metadata.query_start_loc
+            self.mass_index.fill(self.group, live_table, live_lens, starts, protected)
         live = replace(
             metadata,
             block_table_tensor=live_table,
@@ -82,6 +93,13 @@ class DeviceBatch:
         if slots is None:
             return self.no_slots[:rows]
         return upload(slots, self.live_lens.device, torch.int32)
+
+    def _protected(self, metadata: CommonAttentionMetadata, rows: int) -> Tensor:
+        """Whose tokens accumulate attention, as `MassBatch.protected`, where a graph finds it."""
+        protected, of_rows = self.evictor.protected(metadata, rows), self.protected[:rows]
+        if protected is None:
+            return of_rows.fill_(-1)
+        return of_rows.copy_(upload(protected, of_rows.device, torch.int32))
 
     def _bounded(self, live: CommonAttentionMetadata, holes: np.ndarray) -> CommonAttentionMetadata:
         """What the host knows of the lengths, less the holes: [rows that are not padding]."""

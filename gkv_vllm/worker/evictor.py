@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
+
 from gkv_vllm.engine.plan import StepPlan, WorkerReport
 from gkv_vllm.ops.live_table import NULL_BLOCK
-from gkv_vllm.ops.upload import to_host
+from gkv_vllm.ops.upload import to_host, upload
 from gkv_vllm.worker.mass import MassIndex
 from gkv_vllm.worker.rings import RingIndex
 from gkv_vllm.worker.runner import RunnerAdapter
@@ -84,13 +86,14 @@ class Evictor:
                 ]
             )
         if self.plan.accumulate and self.mass_index is not None:
-            rows = self.runner.batch(metadata)
+            protected = self.protected(metadata, len(live.seq_lens))
+            assert protected is not None
             self.mass_index.fill(
                 group,
                 live.block_table_tensor,
                 live.seq_lens,
                 live.query_start_loc,
-                {rows[request_id]: tokens for request_id, tokens in self.plan.accumulate.items()},
+                upload(protected, live.seq_lens.device, torch.int32),
             )
 
     def slots(self, metadata: CommonAttentionMetadata, rows: int) -> list[int] | None:
@@ -101,6 +104,15 @@ class Evictor:
         for request_id, recording in self.plan.record.items():
             slots[row_of[request_id]] = recording.slot
         return slots
+
+    def protected(self, metadata: CommonAttentionMetadata, rows: int) -> list[int] | None:
+        """The protected tokens of each row that accumulates attention, -1 for the others."""
+        if self.plan is None or not self.plan.accumulate:
+            return None
+        protected, row_of = [-1] * rows, self.runner.batch(metadata)
+        for request_id, tokens in self.plan.accumulate.items():
+            protected[row_of[request_id]] = tokens
+        return protected
 
     def holes(self, metadata: CommonAttentionMetadata) -> np.ndarray | None:
         """How many blocks each request of the batch has lost: [rows that are not padding]."""

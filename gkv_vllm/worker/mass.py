@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -25,7 +24,10 @@ class MassBatch:
 
 
 class MassIndex:
-    """Whose tokens accumulate attention in this step; one for all layers."""
+    """Whose tokens accumulate attention in this step; one for all layers.
+
+    On a GPU it is filled for every batch, those that warm up or are captured included, with tensors
+    that keep their address: a CUDA graph reads them again in every step."""
 
     def __init__(self) -> None:
         self.batches: dict[int, MassBatch] = {}
@@ -40,10 +42,7 @@ class MassIndex:
         live_table: Tensor,
         live_lens: Tensor,
         query_starts: Tensor,
-        protected_by_row: dict[int, int],
+        protected: Tensor,
     ) -> None:
-        """`protected_by_row`: the rows that accumulate, with their protected tokens."""
-        protected = torch.full_like(live_lens, -1)
-        for row, tokens in protected_by_row.items():
-            protected[row] = tokens
+        """The batch of a KV cache group, as attention will see it; see `MassBatch`."""
         self.batches[group] = MassBatch(live_table, live_lens, query_starts, protected)

@@ -221,7 +221,9 @@ class EvictionWorkerMixin(Worker):
                 ops,
                 block_size=block_size,
                 max_rows=self._max_rows(),
+                group=group,
                 ring_index=ring_index if group == first else None,
+                mass_index=mass_index,
                 device=self.device,
             )
 

@@ -436,6 +436,19 @@ def forward(vllm_config: VllmConfig, builder: Any, step: Step, sink: Recorder | 
     return impl.forward(layer, query, keys, values, step.cache, metadata, output)
 
 
+def test_a_batch_without_metadata_shows_no_queries(vllm_config: VllmConfig) -> None:
+    """vLLM runs such ones, between steps too: what the last step left says nothing about them."""
+    with set_current_vllm_config(vllm_config):
+        impl = GKVCPUAttentionBackend.get_impl_cls()(
+            8, 32, 32**-0.5, 2, None, None, kv_cache_dtype="auto"
+        )
+    impl.query_sink = sink = Recorder()
+    queries = torch.ones(3, 8, 32)
+    impl.forward(SimpleNamespace(), queries, queries, queries, queries, None, queries.clone())
+    assert not sink.before
+    assert not sink.after
+
+
 @pytest.mark.parametrize("batch", BATCH_NAMES)
 def test_the_wrapped_backend_attends_to_the_survivors(vllm_config: VllmConfig, batch: str) -> None:
     step = Step(batches(32)[batch], TINY_HEADS, 32)

@@ -111,6 +111,9 @@ class Watched:
         self.combine = policy.combine
         self.combine_ranks = policy.combine_ranks
 
+    def global_score(self) -> None:
+        """It is watched while it scores, one request at a time."""
+
     def update(self, view: View) -> Tensor:
         assert view.history is not None
         self.past = view.history.clone()
@@ -243,7 +246,7 @@ class Cache:
             table,
             torch.tensor([r.held.shape[-1] for r in requests], dtype=torch.int32),
             torch.tensor(starts, dtype=torch.int32),
-            {row: r.protected * self.model.block_size for row, r in enumerate(requests)},
+            torch.tensor([r.protected * self.model.block_size for r in requests]).int(),
         )
 
     # ---- an eviction

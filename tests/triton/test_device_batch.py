@@ -73,7 +73,9 @@ def device_batch(ops: PagedOps, engine: Engine) -> tuple[DeviceBatch, RingIndex]
         ops,
         block_size=BLOCK_SIZE,
         max_rows=MAX_ROWS,
+        group=0,
         ring_index=index,
+        mass_index=None,
         device=CPU,
     )
     return made, index
@@ -142,7 +144,9 @@ def test_a_group_without_rings_leaves_the_places_alone(ops: PagedOps) -> None:
         ops,
         block_size=BLOCK_SIZE,
         max_rows=MAX_ROWS,
+        group=1,
         ring_index=None,
+        mass_index=None,
         device=CPU,
     )
     live = second(batch(ROWS, HOLES, MAX_ROWS))
