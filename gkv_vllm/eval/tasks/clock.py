@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""A log with a line for each minute up to midnight: what `once` and `copyback` pass time with."""
+
+from __future__ import annotations
+
+import random
+
+from gkv_vllm.eval.tasks.base import Document
+from gkv_vllm.eval.vocabulary import HOURS, MINUTES, PLACES, THINGS, VERBS
+
+LINE = 6
+"""Words of a line: `17h :42 finds lamp barn .`"""
+DAY = 24 * 60
+
+
+def stamp(minutes_left: int) -> tuple[str, str]:
+    """Hour and minute, so many minutes before midnight."""
+    now = (DAY - minutes_left) % DAY
+    return HOURS[now // 60], MINUTES[now % 60]
+
+
+def line(document: Document, rng: random.Random, minutes_left: int) -> None:
+    """A minute in which nothing that matters happens."""
+    document.known(*stamp(minutes_left))
+    document.free(rng.choice(VERBS), rng.choice(THINGS), rng.choice(PLACES))
+    document.known(".")
+
+
+def broken_lines(words: list[str], start: int, stop: int) -> int:
+    """How many stamps between two places are not a minute after the one before."""
+    stamps = [
+        HOURS.index(words[at]) * 60 + MINUTES.index(words[at + 1])
+        for at in range(start, stop - 1)
+        if words[at] in HOURS and words[at + 1] in MINUTES
+    ]
+    return sum((b - a) % DAY != 1 for a, b in zip(stamps, stamps[1:], strict=False))
+
+
+def midnight(words: list[str], start: int) -> int:
+    """Where `00h :00` stands at or after `start`; the end of the text where it does not."""
+    for at in range(start, len(words) - 1):
+        if words[at] == HOURS[0] and words[at + 1] == MINUTES[0]:
+            return at
+    return len(words)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""One long span in the prompt or early in the text, reproduced whole at midnight."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from gkv_vllm.eval.tasks import clock
+from gkv_vllm.eval.tasks.base import Answer, Document, Grade
+from gkv_vllm.eval.tasks.once import ANSWER_WEIGHT
+from gkv_vllm.eval.vocabulary import END, MINUTES, SYMBOLS
+
+LENGTHS = (5, 10, 20, 40)
+"""Symbols of a span."""
+
+
+@dataclass(frozen=True)
+class Copyback:
+    """`copyback 18h :20 :40 span C3 A7 ... F1 ; | 18h :20 ... 00h :00 copy C3 A7 ... F1 ;`
+
+    The span has no symbol twice. Every symbol of the copy is an answer."""
+
+    name: str = "copyback"
+
+    def draw(self, rng: random.Random, length: int) -> Document:
+        symbols = rng.choice([n for n in LENGTHS if 3 * n + 40 <= length])
+        return self.compose(rng, length, symbols, in_prompt=rng.random() < 0.5)
+
+    def compose(self, rng: random.Random, length: int, symbols: int, in_prompt: bool) -> Document:
+        """A document of just under `length` words."""
+        span = rng.sample(SYMBOLS, symbols)
+        lines = max(1, (length - 2 * symbols - 12) // clock.LINE)
+        document = Document()
+        document.given("copyback", *clock.stamp(lines), MINUTES[symbols])
+        if in_prompt:
+            document.given("span", *span, ";")
+        document.given("|")
+        document.end_prompt()
+        if not in_prompt:
+            document.free("span", *span, ";")
+        for number in range(lines):
+            clock.line(document, rng, lines - number)
+        document.known(*clock.stamp(0), "copy")
+        document.answer(*span, weight=ANSWER_WEIGHT)
+        document.answer(";")
+        document.known(END)
+        return document
+
+    def grade(self, words: list[str], prompt: int) -> Grade:
+        first = words.index("span") + 1 if "span" in words else len(words)
+        span = []
+        while first + len(span) < len(words) and words[first + len(span)] in SYMBOLS:
+            span.append(words[first + len(span)])
+        midnight = clock.midnight(words, prompt)
+        answers = []
+        for offset, symbol in enumerate(span):
+            position = midnight + 3 + offset
+            said = words[position] if position < len(words) else None
+            answers.append(Answer(position, midnight + 3 - first, said == symbol))
+        return Grade(answers, clock.broken_lines(words, prompt, midnight))

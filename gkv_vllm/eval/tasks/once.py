@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""Passcodes stated once, early, and recalled at midnight after hundreds of unrelated lines."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from gkv_vllm.eval.tasks import clock
+from gkv_vllm.eval.tasks.base import Answer, Document, Grade
+from gkv_vllm.eval.vocabulary import END, MINUTES, OWNERS, SYMBOLS
+
+ANSWER_WEIGHT = 4.0
+
+
+LENGTHS = (3, 5, 10)
+"""Symbols of a passcode."""
+
+
+@dataclass(frozen=True)
+class Once:
+    """`once 18h :20 :03 | code #alpha C3 A7 F1 ; 18h :20 ... 00h :00 recall #alpha C3 A7 F1 ;`
+
+    The first lines state one passcode each (or the prompt states them all), `:03` symbols long, none
+    of which occurs twice. Each symbol of a recall is an answer."""
+
+    name: str = "once"
+
+    def draw(self, rng: random.Random, length: int) -> Document:
+        fitting = [n for n in LENGTHS if 2 * (n + 3) + 40 <= length] or LENGTHS[:1]
+        symbols = rng.choice(fitting)
+        most = max(1, min(len(OWNERS), (length - 30) // (2 * (symbols + 3))))
+        owners = most if rng.random() < 0.5 else rng.randint(1, most)
+        return self.compose(rng, length, owners, symbols, in_prompt=rng.random() < 0.3)
+
+    def compose(
+        self, rng: random.Random, length: int, owners: int, symbols: int, in_prompt: bool
+    ) -> Document:
+        """A document of just under `length` words."""
+        drawn = rng.sample(SYMBOLS, owners * symbols)
+        codes = [drawn[n * symbols : (n + 1) * symbols] for n in range(owners)]
+        cost = 2 * owners * (symbols + 3) + 8
+        lines = max(owners, (length - cost) // clock.LINE)
+        document = Document()
+        document.given("once", *clock.stamp(lines), MINUTES[symbols])
+        if in_prompt:
+            for owner, code in zip(OWNERS, codes, strict=False):
+                document.given("code", owner, *code, ";")
+        document.given("|")
+        document.end_prompt()
+        for number in range(lines):
+            if number < owners and not in_prompt:
+                document.free("code", OWNERS[number], *codes[number], ";")
+            clock.line(document, rng, lines - number)
+        document.known(*clock.stamp(0))
+        for owner, code in zip(OWNERS, codes, strict=False):
+            document.known("recall", owner)
+            document.answer(*code, weight=ANSWER_WEIGHT)
+            document.answer(";")
+        document.known(END)
+        return document
+
+    def grade(self, words: list[str], prompt: int) -> Grade:
+        codes, places, repeated = _stated(words)
+        midnight = clock.midnight(words, prompt)
+        answers, recalled, broken = [], set(), clock.broken_lines(words, prompt, midnight)
+        at = midnight + 2
+        while at < len(words) and words[at] == "recall":
+            owner = words[at + 1] if at + 1 < len(words) else ""
+            if owner not in codes or owner in recalled:
+                broken += 1
+                break
+            recalled.add(owner)
+            for offset, symbol in enumerate(codes[owner]):
+                position = at + 2 + offset
+                said = words[position] if position < len(words) else None
+                age = position - places[owner] - offset
+                answers.append(Answer(position, age, said == symbol))
+            at += 3 + len(codes[owner])
+        for owner in sorted(set(codes) - recalled):  # what was never recalled is wrong
+            answers += [Answer(len(words), len(words) - places[owner], False)] * len(codes[owner])
+        return Grade(answers, broken + repeated)
+
+
+def _stated(words: list[str]) -> tuple[dict[str, list[str]], dict[str, int], int]:
+    """Passcode and place of its first symbol by owner, and how many were stated again."""
+    codes: dict[str, list[str]] = {}
+    places: dict[str, int] = {}
+    repeated = 0
+    for at, word in enumerate(words[:-1]):
+        if word == "code":
+            owner, code = words[at + 1], []
+            while at + 2 + len(code) < len(words) and words[at + 2 + len(code)] in SYMBOLS:
+                code.append(words[at + 2 + len(code)])
+            if owner in codes or owner not in OWNERS:
+                repeated += 1
+            else:
+                codes[owner], places[owner] = code, at + 2
+    return codes, places, repeated
