@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
 """Trains a small Qwen3 on the tasks by a curriculum of lengths; stops and goes on where it was.
 
-`python -m gkv_vllm.eval.train OUT` writes checkpoints and a log into OUT and the finished model into
-OUT/model. What makes it learn at all: embeddings of unit variance (with the usual 0.02 the loss
-stays on its plateau), and short documents first.
+`python -m gkv_vllm.eval.train OUT` writes checkpoints and a log into OUT and the finished model
+into OUT/model. What makes it learn at all: embeddings of unit variance (with the usual 0.02 the
+loss stays on its plateau), and short documents first.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Stage:
 
 
 STAGES = (
+    Stage(64, 3000, 0.95),
     Stage(96, 3000, 0.97),
     Stage(192, 2000, 0.98),
     Stage(384, 1500, 0.985),
@@ -52,14 +53,15 @@ class Recipe:
     """What decides the weights, together with the code."""
 
     seed: int = 0
-    layers: int = 3
+    layers: int = 2
     hidden: int = 128
+    intermediate: int = 256
     heads: int = 8
     kv_heads: int = 4
     head_dim: int = 32
-    tokens_per_step: int = 6144
+    tokens_per_step: int = 3072
     learning_rate: float = 2e-3
-    matrix_rate: float = 1e-2
+    matrix_rate: float = 2e-2
     """Learning rate of Muon, which updates the matrices; AdamW has the rest."""
     tasks: tuple[str, ...] = tuple(TASKS)
 
@@ -72,7 +74,7 @@ def build(recipe: Recipe) -> Any:
     config = Qwen3Config(
         vocab_size=SIZE,
         hidden_size=recipe.hidden,
-        intermediate_size=3 * recipe.hidden,
+        intermediate_size=recipe.intermediate,
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.kv_heads,
@@ -85,7 +87,7 @@ def build(recipe: Recipe) -> Any:
         pad_token_id=IDS[PAD],
     )
     model = Qwen3ForCausalLM(config)
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=1.0)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=1.0)
     return model
 
 
@@ -286,6 +288,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=Recipe.layers)
     parser.add_argument("--hidden", type=int, default=Recipe.hidden)
+    parser.add_argument("--intermediate", type=int, default=Recipe.intermediate)
     parser.add_argument("--tokens-per-step", type=int, default=Recipe.tokens_per_step)
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--matrix-rate", type=float, default=Recipe.matrix_rate)
@@ -303,6 +306,7 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         layers=args.layers,
         hidden=args.hidden,
+        intermediate=args.intermediate,
         tokens_per_step=args.tokens_per_step,
         learning_rate=args.learning_rate,
         matrix_rate=args.matrix_rate,

@@ -75,7 +75,9 @@ class Grade:
 class Task(Protocol):
     """One kind of document. All randomness comes from the `rng` that is handed in."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the document begins with."""
 
     def draw(self, rng: random.Random, length: int) -> Document:
         """A document of about `length` words; longer ones may be cut."""

@@ -50,7 +50,7 @@ class Copyback:
 
     def grade(self, words: list[str], prompt: int) -> Grade:
         first = words.index("span") + 1 if "span" in words else len(words)
-        span = []
+        span: list[str] = []
         while first + len(span) < len(words) and words[first + len(span)] in SYMBOLS:
             span.append(words[first + len(span)])
         midnight = clock.midnight(words, prompt)

@@ -22,8 +22,8 @@ LENGTHS = (3, 5, 10)
 class Once:
     """`once 18h :20 :03 | code #alpha C3 A7 F1 ; 18h :20 ... 00h :00 recall #alpha C3 A7 F1 ;`
 
-    The first lines state one passcode each (or the prompt states them all), `:03` symbols long, none
-    of which occurs twice. Each symbol of a recall is an answer."""
+    The first lines state one passcode each (or the prompt states them all), `:03` symbols long. No
+    symbol occurs in two places. Each symbol of a recall is an answer."""
 
     name: str = "once"
 
@@ -90,7 +90,8 @@ def _stated(words: list[str]) -> tuple[dict[str, list[str]], dict[str, int], int
     repeated = 0
     for at, word in enumerate(words[:-1]):
         if word == "code":
-            owner, code = words[at + 1], []
+            owner = words[at + 1]
+            code: list[str] = []
             while at + 2 + len(code) < len(words) and words[at + 2 + len(code)] in SYMBOLS:
                 code.append(words[at + 2 + len(code)])
             if owner in codes or owner not in OWNERS:

@@ -18,9 +18,9 @@ WEIGHTS = (8, 8, 6, 6, 4, 4, 2, 2, 1, 1, 1, 1)
 class Prose:
     """`prose Ada lamp . Ben coin . | Ben sells the coin at farm . Ada ...`
 
-    The prompt introduces the cast, each with a thing. A sentence names one of the cast, a verb, the
-    person's thing (an answer) and one of the story's few places (not graded, but a story that forgets
-    its places has a higher loss)."""
+    The prompt introduces the cast, each with a thing. A sentence names one of the cast, a verb,
+    the person's thing (an answer) and one of the story's few places (not graded, but a story that
+    forgets its places has a higher loss)."""
 
     name = "prose"
 

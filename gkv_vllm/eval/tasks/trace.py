@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 
 from gkv_vllm.eval.tasks.base import Answer, Document, Grade
-from gkv_vllm.eval.vocabulary import ASKS, DIGITS, LINES, NAMES, SETS
+from gkv_vllm.eval.vocabulary import DIGITS, LINES, NAMES, SETS
 
 EXECUTED = 8
 """Words of an executed line: `@3 a? 3 f? 8 c= 1 ;`"""
@@ -18,9 +18,10 @@ LISTED = 5
 class Trace:
     """`trace a= 3 ; f= 8 ; ... @3 a f c ; ... | @3 a? 3 f? 8 c= 1 ; @5 ...`
 
-    A line `@n x y z` sets z to (x + y) mod 10. After line n comes line n + 1, or n + 2 when the result
-    is odd; after line 63 comes line 0. So which lines run, and how long ago a variable was last read
-    or written, depends on the values. Everything follows from the prompt: greedy decoding is right.
+    A line `@n x y z` sets z to (x + y) mod 10. After line n comes line n + 1, or n + 2 when the
+    result is odd; after line 63 comes line 0. So which lines run, and how long ago a variable was
+    last read or written, depends on the values. All of it follows from the prompt: greedy decoding
+    is right.
 
     Answers are what was read, what was computed, and the words that name the line's variables. Ages
     of values count from where they were last written."""
@@ -59,7 +60,8 @@ class Trace:
 
     def grade(self, words: list[str], prompt: int) -> Grade:
         program, values, seen = _program(words[:prompt])
-        answers, broken, at, due = [], 0, prompt, None
+        answers: list[Answer] = []
+        broken, at, due = 0, prompt, None
         while at < len(words):
             number = LINES.index(words[at]) if words[at] in LINES else None
             broken += number is None or due not in (None, number)
@@ -112,6 +114,3 @@ def _grade_line(
     answers.append(Answer(first + 5, 2, said[4:6] == [f"{line[2]}=", str(total)]))
     if said[5] in DIGITS:
         values[line[2]], seen[line[2]] = said[5], first + 5
-
-
-assert len(ASKS) == len(NAMES)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""What an evaluation runs: servers, and for each the cells that per-request overrides can reach."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from gkv_vllm.config import NO_POLICY, ConfigError, KVPolicyConfig, unknown_key
+from gkv_vllm.eval.exams import EXAMS
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """One server: what a request cannot change."""
+
+    label: str
+    kv_policy: Mapping[str, Any]
+    """Everything of `--kv-*` but budgets and protection."""
+    block_size: int
+    cells: tuple[Cell, ...]
+
+    def arguments(self, plan: Plan) -> list[str]:
+        """Flags of `vllm serve`."""
+        budgets = [cell.budget for cell in self.cells if cell.budget] or [plan.length]
+        settings = {
+            **self.kv_policy,
+            "budget": max(budgets),
+            "min_budget": min(budgets),
+            "reserve_prompt": plan.length,
+        }
+        return [
+            "--enforce-eager",
+            "--dtype", plan.dtype,
+            "--block-size", str(self.block_size),
+            "--max-model-len", str(plan.length),
+            "--max-num-seqs", str(plan.concurrency),
+            # Chunked prompts with a seed end stock vLLM on a CPU: let all prompts fit one step.
+            "--max-num-batched-tokens", str(plan.concurrency * plan.length),
+            "--num-gpu-blocks-override",
+            str(plan.concurrency * (plan.length // self.block_size + 2) + 1),
+            "--additional-config", json.dumps({"kv_policy": settings}),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One exam under one setting: what is compared. `budget` None: nothing is evicted."""
+
+    server: str
+    exam: str
+    budget: int | None
+    protect: str
+
+    @property
+    def name(self) -> str:
+        """The folder of its results."""
+        if self.budget is None:
+            return f"{self.exam}__full"
+        return f"{self.exam}__{self.server}__b{self.budget}__{self.protect}"
+
+    @property
+    def xargs(self) -> dict[str, Any]:
+        """What its requests carry as `vllm_xargs`."""
+        if self.budget is None:
+            return {"kv_policy": NO_POLICY}
+        return {"kv_budget": self.budget, "kv_protect": self.protect}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of an evaluation, as its YAML file says."""
+
+    model: str
+    servers: Mapping[str, Mapping[str, Any]]
+    """Label -> settings; `budgets`, `protect`, `exams`, `block_size` in one replace the plan's."""
+    exams: tuple[str, ...]
+    budgets: tuple[int, ...]
+    protect: tuple[str, ...] = ("none",)
+    length: int = 1024
+    samples: int = 32
+    first_seed: int = 10_000
+    concurrency: int = 32
+    block_size: int = 32
+    dtype: str = "bfloat16"
+    common: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of all servers."""
+
+    def __post_init__(self) -> None:
+        for server in self.server_plans():  # raises for what no server would take
+            for exam in {cell.exam for cell in server.cells}:
+                if exam not in EXAMS:
+                    raise ConfigError(unknown_key("exam", exam, EXAMS))
+
+    def server_plans(self) -> Iterator[ServerPlan]:
+        """The servers in the order of the file; the first also runs without eviction."""
+        own = ("budgets", "protect", "exams", "block_size")
+        full_exams: list[str] = list(self.exams)
+        for label, settings in self.servers.items():
+            policy = {**self.common, **{k: v for k, v in settings.items() if k not in own}}
+            exams = settings.get("exams", self.exams)
+            budgets = settings.get("budgets", self.budgets)
+            protect = settings.get("protect", self.protect)
+            cells = [Cell(label, exam, None, "") for exam in full_exams]
+            full_exams = []
+            cells += [Cell(label, *parts) for parts in product(exams, budgets, protect)]
+            KVPolicyConfig.from_mapping({**policy, "budget": max(budgets)})
+            yield ServerPlan(
+                label, policy, settings.get("block_size", self.block_size), tuple(cells)
+            )
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """A plan from YAML; ConfigError names a key that is not known."""
+        import yaml
+
+        raw: dict[str, Any] = yaml.safe_load(path.read_text())
+        valid = {f.name for f in fields(cls)}
+        for key in raw:
+            if key not in valid:
+                raise ConfigError(unknown_key("key of an evaluation plan", key, valid))
+        listed = ("exams", "budgets", "protect")
+        values: dict[str, Any] = {k: tuple(v) if k in listed else v for k, v in raw.items()}
+        return cls(**values)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""Tables and plots from a folder of cells; measures nothing."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gkv_vllm.eval.statistics import compare, per_text, share
+from gkv_vllm.eval.store import Store
+
+HEADER = (
+    "| server | budget | protect | accuracy (95 %) | of full | far | all right | vs baseline | p | "
+    "win/tie/loss | words | loops | evictions |\n" + "|---" * 13 + "|"
+)
+
+
+def rows(store: Store, baseline: str) -> list[dict[str, Any]]:
+    """One row per cell: shares, intervals, and the paired comparison with the baseline's cell."""
+    cells = {name: store.config(name) for name in store.cells()}
+    found = []
+    for name, config in cells.items():
+        predictions, metrics = store.predictions(name), store.metrics(name)
+        all_of = share([p["right"] for p in predictions], [p["answers"] for p in predictions])
+        far = share([p["right_far"] for p in predictions], [p["answers_far"] for p in predictions])
+        row = {
+            "cell": name,
+            **{key: config[key] for key in ("server", "exam", "budget", "protect", "length")},
+            "accuracy": all_of.value,
+            "low": all_of.low,
+            "high": all_of.high,
+            "far": far.value,
+            "far_low": far.low,
+            "far_high": far.high,
+            **metrics,
+        }
+        row["accuracy"] = all_of.value
+        full = f"{config['exam']}__full"
+        if config["budget"] is not None and full in cells:
+            whole = store.metrics(full)["accuracy"]
+            row["of_full"] = all_of.value / whole if whole else None
+        other = f"{config['exam']}__{baseline}__b{config['budget']}__{config['protect']}"
+        if other in cells and other != name:
+            row["against"] = _paired(predictions, store.predictions(other))
+        found.append(row)
+    return found
+
+
+def _paired(
+    first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """None where the two did not answer the same prompts."""
+    ours, theirs = per_text(first), per_text(second)
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    found = compare([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+    return {
+        "difference": found.difference,
+        "low": found.low,
+        "high": found.high,
+        "p": found.p_value,
+        "significant": found.significant,
+        "wins": found.wins,
+        "ties": found.ties,
+        "losses": found.losses,
+    }
+
+
+def tables(found: Iterable[dict[str, Any]], baseline: str) -> str:
+    """A Markdown table per exam, the best first under each budget and protection."""
+    by_exam: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in found:
+        by_exam[row["exam"]].append(row)
+    parts = [f"Compared with `{baseline}`, paired by prompt and seed; `*`: p < 0.05.\n"]
+    for exam, group in sorted(by_exam.items()):
+        group.sort(key=_order)
+        parts += [f"## {exam}\n", HEADER, *map(_line, group), ""]
+    return "\n".join(parts)
+
+
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    full = row["budget"] is None
+    return (not full, -(row["budget"] or 0), row["protect"], -_number(row["accuracy"]))
+
+
+def _number(value: float | None) -> float:
+    return -1.0 if value is None or value != value else value
+
+
+def _shown(value: float | None, digits: int = 3) -> str:
+    return "" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def _line(row: dict[str, Any]) -> str:
+    paired = row.get("against") or {}
+    star = "*" if paired.get("significant") else ""
+    evictions = str(row["evictions"])
+    if row["budget"] is not None and not row["evicted"]:
+        evictions = "**none: not comparable**"
+    cells = [
+        row["server"] if row["budget"] is not None else "full cache",
+        str(row["budget"] or ""),
+        row["protect"],
+        f"{_shown(row['accuracy'])} ({_shown(row['low'])} to {_shown(row['high'])})",
+        _shown(row.get("of_full")),
+        _shown(row["far"]),
+        _shown(row["all_right"]),
+        f"{paired['difference']:+.3f}{star}" if paired else "",
+        _shown(paired.get("p"), 4),
+        f"{paired['wins']}/{paired['ties']}/{paired['losses']}" if paired else "",
+        f"{row['words_mean']:.0f}",
+        _shown(row["loop_rate"], 2),
+        evictions,
+    ]
+    if row["loss"] is not None:
+        cells[3] += f", loss {row['loss']:.3f}"
+    return "| " + " | ".join(cells) + " |"
+
+
+def write(store: Store, baseline: str) -> list[Path]:
+    """`report.md`, `report.json` and one plot per exam and protection; the files written."""
+    found = rows(store, baseline)
+    report, numbers = store.root / "report.md", store.root / "report.json"
+    report.write_text(f"# {store.root.name}\n\n" + tables(found, baseline))
+    numbers.write_text(json.dumps(found, indent=1) + "\n")
+    return [report, numbers, *plots(store.root, found)]
+
+
+def plots(out: Path, found: Sequence[dict[str, Any]]) -> list[Path]:
+    """Accuracy against budget with intervals; cells without evictions are hollow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    written = []
+    kept = [row for row in found if row["budget"] is not None]
+    for exam, protect in sorted({(row["exam"], row["protect"]) for row in kept}):
+        figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+        group = [row for row in kept if (row["exam"], row["protect"]) == (exam, protect)]
+        budgets = sorted({row["budget"] for row in group})
+        labels = list(dict.fromkeys(row["server"] for row in group))
+        for number, label in enumerate(labels):
+            points = sorted((r for r in group if r["server"] == label), key=lambda r: r["budget"])
+            # Side by side: intervals at the same budget would cover each other.
+            shift = 1 + 0.012 * (number - len(labels) / 2)
+            x = [row["budget"] * shift for row in points]
+            y = [row["accuracy"] for row in points]
+            errors = [
+                [row["accuracy"] - row["low"] for row in points],
+                [row["high"] - row["accuracy"] for row in points],
+            ]
+            drawn = axes.errorbar(
+                x, y, yerr=errors, marker="os^vDPX*<>"[number % 10], capsize=2, linewidth=1.2,
+                markersize=5, label=label, color=pyplot.get_cmap("tab20")(number % 20),
+            )  # fmt: skip
+            del drawn
+            hollow = [i for i, row in enumerate(points) if not row["evicted"]]
+            axes.plot([x[i] for i in hollow], [y[i] for i in hollow], "wo", markersize=9, zorder=-1)
+        full = [row for row in found if row["exam"] == exam and row["budget"] is None]
+        for row in full:
+            axes.axhline(row["accuracy"], color="black", linestyle=":", linewidth=1)
+            axes.text(budgets[0], row["accuracy"], "full cache", va="bottom", fontsize=8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(budgets, [str(budget) for budget in budgets])
+        axes.minorticks_off()
+        length = group[0]["length"]
+        axes.set_xlabel(f"budget, tokens (of {length})")
+        axes.set_ylabel("right answers")
+        axes.set_title(f"{exam}, protect={protect}: accuracy against budget, 95 % intervals")
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.grid(alpha=0.3)
+        path = out / f"{exam}-{protect}.png"
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+        written.append(path)
+    return written

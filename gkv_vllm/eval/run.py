@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""Runs a plan: starts its servers one after another, asks, and stores each cell; goes on later."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gkv_vllm.config import ConfigError
+from gkv_vllm.eval import ask
+from gkv_vllm.eval.exams import EXAMS
+from gkv_vllm.eval.plan import Cell, Plan, ServerPlan
+from gkv_vllm.eval.store import Store
+from gkv_vllm.serving import Metrics, Server, serve
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+FAR = 256
+"""An answer whose fact was last written more words ago is counted apart as well."""
+SETTLE_SECONDS = 10.0
+COUNTED = {
+    "evictions": "gkv:evictions_total",
+    "tokens_evicted": "gkv:tokens_evicted_total",
+    "blocks_freed": "gkv:blocks_freed_total",
+    "skipped": "gkv:skipped_total",
+    "preemptions": "vllm:num_preemptions_total",
+    "generated": "vllm:generation_tokens_total",
+}
+Report = Callable[[str, int, int], None]
+"""Told a cell's name, how many of its answers came, and how many are due."""
+
+
+@dataclass
+class Runner:
+    """One plan, its results, and how long it may take."""
+
+    plan: Plan
+    store: Store
+    minutes: float
+    report: Report
+    url: str | None = None
+    """A server that is up already; only the cells of its own settings can run there."""
+    only: str | None = None
+
+    def __post_init__(self) -> None:
+        self.deadline = time.monotonic() + 60 * self.minutes
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def run(self) -> int:
+        """Run what is not stored yet; returns how many cells are still missing.
+
+        Raises ServerFailed, openai.OpenAIError or OSError; stored cells stay."""
+        self.store.write_environment()
+        for server in self.plan.server_plans():
+            if self.only not in (None, server.label):
+                continue
+            due = [cell for cell in server.cells if not self.store.has(cell.name)]
+            if not due or self.over:
+                continue
+            with self._server(server) as running:
+                asyncio.run(self._cells(running, server, due))
+        return self.missing()
+
+    def missing(self) -> int:
+        cells = {cell.name for server in self.plan.server_plans() for cell in server.cells}
+        return sum(not self.store.has(name) for name in cells)
+
+    @contextmanager
+    def _server(self, server: ServerPlan) -> Iterator[Server]:
+        if self.url is not None:
+            yield _attached(self.url, server)
+            return
+        log = self.store.root / "logs" / f"{server.label}.log"
+        with serve(self.plan.model, *server.arguments(self.plan), log=log) as running:
+            yield running
+
+    async def _cells(self, running: Server, server: ServerPlan, due: Sequence[Cell]) -> None:
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        async with AsyncOpenAI(
+            base_url=running.api_url,
+            api_key="unused",
+            max_retries=0,
+            timeout=3600,
+            # No proxy between us and our own machine.
+            http_client=DefaultAsyncHttpxClient(trust_env=False, timeout=3600),
+        ) as client:
+            (model,) = (await client.models.list()).data
+            for cell in due:
+                if self.over:
+                    return
+                await self._cell(running, client, model.id, server, cell)
+
+    async def _cell(
+        self, running: Server, client: AsyncOpenAI, model: str, server: ServerPlan, cell: Cell
+    ) -> None:
+        plan, exam = self.plan, EXAMS[cell.exam]
+        seeds = range(plan.first_seed, plan.first_seed + plan.samples)
+        questions = [exam.question(seed, plan.length) for seed in seeds]
+        count = 0
+
+        def done() -> None:
+            nonlocal count
+            count += 1
+            self.report(cell.name, count, len(questions))
+
+        before, started = running.metrics(), time.perf_counter()
+        predictions = await ask.ask_all(client, model, exam, questions, cell.xargs, FAR, done)
+        seconds = time.perf_counter() - started
+        after = await _settled(running, before, sum(p.words for p in predictions))
+        counted = {
+            name: round(after.get(metric) - before.get(metric)) for name, metric in COUNTED.items()
+        }
+        if exam.task == "prose":
+            each = await ask.losses(client, model, [(p.prompt, p.text) for p in predictions])
+            predictions = [
+                ask.Prediction(**{**p.as_json(), "loss": loss})
+                for p, loss in zip(predictions, each, strict=True)
+            ]
+        metrics = {**summary(predictions), **counted, "seconds": round(seconds, 2)}
+        metrics["evicted"] = counted["evictions"] > 0
+        config = {
+            **asdict(cell),
+            "kv_policy": dict(server.kv_policy),
+            "block_size": server.block_size,
+            "length": plan.length,
+            "far": FAR,
+            "model": plan.model,
+            "dtype": plan.dtype,
+            "concurrency": plan.concurrency,
+            "sampling": dict(exam.sampling),
+            "server_arguments": server.arguments(plan),
+        }
+        self.store.write(cell.name, predictions, metrics, config)
+
+
+def _attached(url: str, server: ServerPlan) -> Any:
+    """A server that somebody else started; ConfigError unless it serves the plan's policy."""
+    running = Attached(url.rstrip("/").removesuffix("/v1"))
+    served = running.metrics().label("gkv:policy_info", "policy")
+    asked = server.kv_policy.get("policy")
+    if served != asked:
+        raise ConfigError(
+            f"the server at {url} runs kv policy {served!r}, the plan's server "
+            f"{server.label!r} asks for {asked!r}; choose another with --only"
+        )
+    return running
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A running server that is not ours to stop."""
+
+    url: str
+
+    @property
+    def api_url(self) -> str:
+        return f"{self.url}/v1"
+
+    def metrics(self) -> Metrics:
+        import urllib.request
+
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"{self.url}/metrics", timeout=10) as response:
+            return Metrics(response.read().decode())
+
+
+async def _settled(running: Server, before: Metrics, tokens: int) -> Metrics:
+    """The metrics once they count these tokens: the server counts after it has answered."""
+    name = COUNTED["generated"]
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        after = await asyncio.to_thread(running.metrics)
+        if after.get(name) - before.get(name) >= tokens or time.monotonic() > deadline:
+            return after
+        await asyncio.sleep(0.2)
+
+
+def summary(predictions: Sequence[ask.Prediction]) -> dict[str, Any]:
+    """A cell in numbers: shares over all answers, means over texts."""
+
+    def share(right: int, of: int) -> float | None:
+        return round(right / of, 5) if of else None
+
+    lost = [p.loss for p in predictions if p.loss is not None]
+    return {
+        "samples": len(predictions),
+        "answers": sum(p.answers for p in predictions),
+        "accuracy": share(sum(p.right for p in predictions), sum(p.answers for p in predictions)),
+        "answers_far": sum(p.answers_far for p in predictions),
+        "accuracy_far": share(
+            sum(p.right_far for p in predictions), sum(p.answers_far for p in predictions)
+        ),
+        "all_right": share(sum(p.all_right for p in predictions), len(predictions)),
+        "broken": sum(p.broken for p in predictions),
+        "loop_rate": share(sum(p.loops for p in predictions), len(predictions)),
+        "words_mean": round(sum(p.words for p in predictions) / len(predictions), 1),
+        "cut_off": share(sum(p.finish_reason == "length" for p in predictions), len(predictions)),
+        "loss": round(sum(lost) / len(lost), 5) if lost else None,
+    }
+
+
+def open_store(out: Path, plan_file: Path) -> Store:
+    """The folder of a run; ConfigError if it holds another plan's results."""
+    out.mkdir(parents=True, exist_ok=True)
+    kept, text = out / "plan.yaml", plan_file.read_text()
+    if not kept.exists():
+        kept.write_text(text)
+    return Store(out)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""Paired comparison of two cells: bootstrap intervals and a sign-flip test; reads no files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Share:
+    """Right answers over answers of all texts, with a bootstrap interval over texts."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much better the first is than the second on the same prompts and seeds."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    wins: int
+    ties: int
+    losses: int
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference is not chance at the 5 % level."""
+        return self.p_value < 1 - LEVEL
+
+
+def share(right: Sequence[int], answers: Sequence[int], seed: int = 0) -> Share:
+    """The pooled share; texts are drawn again with replacement for the interval."""
+    hits, of = np.asarray(right, float), np.asarray(answers, float)
+    if not of.sum():
+        return Share(float("nan"), float("nan"), float("nan"))
+    drawn = np.random.default_rng(seed).integers(0, len(hits), (RESAMPLES, len(hits)))
+    total = of[drawn].sum(1)
+    means = hits[drawn].sum(1)[total > 0] / total[total > 0]
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Share(float(hits.sum() / of.sum()), float(low), float(high))
+
+
+def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Comparison:
+    """Compare one number per text, paired by position. ValueError unless both have as many.
+
+    The p-value is that of a two-sided sign-flip test: the share of random signs under which the
+    mean difference is at least as large, the observed one counted too."""
+    a, b = np.asarray(first, float), np.asarray(second, float)
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ValueError(f"paired numbers must be two equal lists, got {a.shape} and {b.shape}")
+    delta = a - b
+    rng = np.random.default_rng(seed)
+    drawn = delta[rng.integers(0, len(delta), (RESAMPLES, len(delta)))].mean(1)
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    flipped = (rng.choice([-1.0, 1.0], (RESAMPLES, len(delta))) * delta).mean(1)
+    # Sums of the same numbers in another order differ by rounding.
+    as_large = np.abs(flipped) >= abs(delta.mean()) - 1e-12
+    return Comparison(
+        difference=float(delta.mean()),
+        low=float(low),
+        high=float(high),
+        p_value=float((as_large.sum() + 1) / (RESAMPLES + 1)),
+        wins=int((delta > 0).sum()),
+        ties=int((delta == 0).sum()),
+        losses=int((delta < 0).sum()),
+    )
+
+
+def per_text(predictions: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """Accuracy of each text by its seed; a text without answers has none right."""
+    return {p["seed"]: p["right"] / p["answers"] if p["answers"] else 0.0 for p in predictions}
