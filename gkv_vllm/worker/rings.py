@@ -18,7 +18,9 @@ class RingIndex:
     last `window` positions once they were recorded. `places` keeps its address: a CUDA graph
     reads it again in every step."""
 
-    def __init__(self, window: int, max_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, window: int, max_tokens: int, device: torch.device, *, every_step: bool = False
+    ) -> None:
         """max_tokens: the most tokens of a batch, padding included."""
         self.window = window
         self.device = device
@@ -26,7 +28,7 @@ class RingIndex:
         """[max_tokens] int32: the place of each token of the batch, -1 if it is not recorded."""
         self.filled = False
         """Whether this step's places are known: they are the same in every KV cache group."""
-        self.every_step = device.type != "cpu"
+        self.every_step = every_step
         """Whether queries are stored even where no token has a place: a CUDA graph was captured
         once for all steps."""
 

@@ -162,7 +162,7 @@ class EvictionWorkerMixin(Worker):
         if needs.queries:
             rings, ring_index = self._query_rings(slots, list(owners))
         mass_index = MassIndex() if needs.attention_mass else None
-        ops = paged.resolve(self.kv_policy.impl, self.device.type)
+        ops = paged.resolve(self.kv_policy.impl, "cuda" if self.on_gpu else "cpu")
         planes = self._planes(kv_cache_config, owners, block_size) if self._has_planes() else {}
         layers: list[EvictedLayer] = []
         for name, (group, spec) in owners.items():
@@ -232,6 +232,7 @@ class EvictionWorkerMixin(Worker):
 
     @property
     def on_gpu(self) -> bool:
+        """Whether the host must not wait for the device, whose caches have a GPU's layout."""
         return self.device.type != "cpu"
 
     def _max_rows(self) -> int:
@@ -270,7 +271,7 @@ class EvictionWorkerMixin(Worker):
         # A batch that a CUDA graph pads may be larger than one that is scheduled.
         padded = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         max_tokens = max(self.scheduler_config.max_num_batched_tokens, padded)
-        return rings, RingIndex(window, max_tokens, self.device)
+        return rings, RingIndex(window, max_tokens, self.device, every_step=self.on_gpu)
 
     def _evicted_layers(self, kv_cache_config: KVCacheConfig) -> dict[str, tuple[int, GKVSpec]]:
         """The layers that own an evictable cache, in the model's order: KV cache group and spec."""

@@ -59,11 +59,13 @@ def record(
     kv_policy: dict[str, Any] | None = None,
     plugin: bool = True,
     asynchronous: bool = False,
+    like_a_gpu: bool = False,
 ) -> dict[str, Any]:
     """The batches, one after the other, through one engine: per batch what `recorded` returns.
 
     Without `plugin` vLLM does not load us. `asynchronous` schedules a step before the last one's
-    tokens are known, which vLLM does not do on a CPU by itself."""
+    tokens are known, which vLLM does not do on a CPU by itself. `like_a_gpu` takes a GPU's path
+    (see `take_the_path_of_a_gpu`)."""
     from .harness import ENGINE_ENVIRONMENT
 
     job = {
@@ -71,6 +73,7 @@ def record(
         "num_blocks": num_blocks,
         "kv_policy": kv_policy,
         "asynchronous": asynchronous,
+        "like_a_gpu": like_a_gpu,
         "batches": {name: asdict(batch) for name, batch in batches.items()},
     }
     only = {} if plugin else {"VLLM_PLUGINS": "triton_cpu_interpreter"}
@@ -179,7 +182,7 @@ class EvictionLog:
         if getattr(self.engine.worker, "evictor", None) is not None:
             stack.enter_context(self.engine.each_compaction(self._moved.append))
             stack.enter_context(self.engine.each_begin(self._begun))
-            stack.enter_context(each_forward(self.engine.worker.evictor, self._prepared))
+            stack.enter_context(each_preparation(self.engine.runner, self._prepared))
 
     def _scheduled(self, output: Any) -> None:
         self.steps += 1
@@ -213,19 +216,31 @@ class EvictionLog:
 
 
 @contextmanager
-def each_forward(evictor: Any, look: Callable[[Any, Any], None]) -> Iterator[None]:
+def each_preparation(runner: Any, look: Callable[[Any, Any], None]) -> Iterator[None]:
     """Call `look(metadata, live)` for each KV cache group of each batch."""
-    original = evictor.begin_forward
+    builders = [
+        builder
+        for groups in runner.attn_groups
+        for group in groups
+        for builder in group.metadata_builders
+    ]
+    originals = [builder.prepare for builder in builders]
 
-    def begin_forward(group: int, metadata: Any, live: Any) -> None:
-        look(metadata, live)
-        original(group, metadata, live)
+    def watched(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def prepare(metadata: Any) -> Any:
+            live = original(metadata)
+            look(metadata, live)
+            return live
 
-    evictor.begin_forward = begin_forward
+        return prepare
+
+    for builder, original in zip(builders, originals, strict=True):
+        builder.prepare = watched(original)
     try:
         yield
     finally:
-        del evictor.begin_forward
+        for builder, original in zip(builders, originals, strict=True):
+            builder.prepare = original
 
 
 def schedule_ahead() -> None:
@@ -242,10 +257,38 @@ def schedule_ahead() -> None:
     CpuPlatform.check_and_update_config = classmethod(checked)
 
 
+def take_the_path_of_a_gpu() -> None:
+    """TRITON_ATTN on its own cache layout, and what the worker does where it must not wait.
+
+    All of it in Triton's interpreter, CUDA graphs excepted."""
+    import torch
+    from gkv_vllm.triton_kernels import attention_mass
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends import triton_attn
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.ops import triton_unified_attention
+
+    from gkv_vllm.attention import gpu
+    from gkv_vllm.worker.worker import EvictionWorkerMixin
+
+    gpu.register()
+    chosen = AttentionBackendEnum.TRITON_ATTN.get_path()
+    CpuPlatform.get_attn_backend_cls = classmethod(lambda *_, **__: chosen)
+    # Here programs take turns: few of them, each with many keys at a time.
+    triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 0
+    triton_unified_attention._get_tile_size = lambda *_, **__: 256
+    attention_mass.PROGRAMS = 1
+    # Asked by what writes the cache, for the size of its tiles.
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    EvictionWorkerMixin.on_gpu = True
+
+
 def main() -> None:
     from harness import InProcessEngine
 
     job = json.load(sys.stdin)
+    if job["like_a_gpu"]:
+        take_the_path_of_a_gpu()
     if job["asynchronous"]:
         schedule_ahead()
     engine = InProcessEngine(
@@ -254,9 +297,12 @@ def main() -> None:
         kv_policy=job["kv_policy"],
         arguments={"async_scheduling": job["asynchronous"]},
     )
+    attention = engine.worker.vllm_config.compilation_config.static_forward_context
     result = {
         "runner": type(engine.runner).__module__,
         "scheduler": type(engine.scheduler).__name__,
+        "operators": engine.worker.evictor.scorer.ops.name if job["kv_policy"] else None,
+        "attention": sorted({type(layer.impl).__name__ for layer in attention.values()}),
         "batches": {name: recorded(engine, batch) for name, batch in job["batches"].items()},
     }
     print(f"\n{RESULT}{json.dumps(result)}", flush=True)

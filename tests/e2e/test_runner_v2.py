@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""Model Runner V2 evicts what V1 evicts, in Triton's interpreter (see tests/triton_cpu)."""
+"""Model Runner V2 evicts what V1 evicts, in Triton's interpreter (see tests/triton_cpu).
+
+So do our kernels, over the caches and the batches of a GPU."""
 
 from __future__ import annotations
 
@@ -63,6 +65,7 @@ def batches(groups: int = 1) -> dict[str, Batch]:
             [*opted_out, *(unprotected(i, 70 + 5 * i, 80) for i in range(3))], pool=15 * groups
         ),
         "abort": Batch([unprotected(i, 200, 60) for i in range(3)], abort={0: 15, 1: 45}),
+        "few tokens": Batch([unprotected(2, 127, 36), unprotected(3, 70, 29)]),
     }
 
 
@@ -71,18 +74,23 @@ def runs(demo_model: Path) -> Any:
     """The batches by form and runner, each engine once."""
 
     @cache
-    def of(form: str, runner: str, asynchronous: bool = False) -> dict[str, Any]:
+    def of(
+        form: str, runner: str, asynchronous: bool = False, like_a_gpu: bool = False
+    ) -> dict[str, Any]:
         groups = FORMS[form].get("layer_groups", 1)
         wanted = batches(groups)
         if asynchronous or groups > 1:
-            wanted = {name: wanted[name] for name in ("all evict", "small pool")}
+            wanted = {name: wanted[name] for name in ("all evict", "small pool", "few tokens")}
+        if like_a_gpu:
+            wanted = {"few tokens": wanted["few tokens"]}
         return record(
             demo_model,
             wanted,
             NUM_BLOCKS,
             runner=runner,
-            kv_policy={**POLICY, **FORMS[form]},
+            kv_policy={**POLICY, **FORMS[form], "impl": "triton" if like_a_gpu else "auto"},
             asynchronous=asynchronous,
+            like_a_gpu=like_a_gpu,
         )
 
     return of
@@ -198,6 +206,22 @@ def test_v2_scheduled_ahead_keeps_the_same_tokens(runs: Any) -> None:
     for name in ahead:
         assert [len(ids or ()) for ids in tokens(ahead[name])] == asked_for(name)
         assert ahead[name]["free"] == ahead[name]["pool"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kernels_on_the_path_of_a_gpu_keep_and_answer_the_same(runs: Any, form: str) -> None:
+    """TRITON_ATTN and its cache, live tables at addresses that stay, `--kv-impl triton`."""
+    ours, theirs = runs(form, "V2", like_a_gpu=True), runs(form, "V1")
+    assert (ours["operators"], ours["attention"]) == ("triton", ["ObservedTritonAttentionImpl"])
+    assert theirs["operators"] != "triton"
+    assert theirs["attention"] == ["ObservedCPUAttentionBackendImpl"]
+    ours, theirs = (run["batches"]["few tokens"] for run in (ours, theirs))
+    assert ours["events"] == theirs["events"]
+    assert tokens(ours) == tokens(theirs)
+    assert sum(map(len, ours["events"])) >= 3
+    assert ours["holes"] > 0
+    assert ours["miscounted"] == 0
+    assert ours["free"] == ours["pool"]
 
 
 @pytest.fixture(scope="module")
