@@ -7,7 +7,7 @@ and what follows a request's last token. The oracle knows logical positions and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,17 @@ class Shape:
         float32, and twice that is a probability's relative error. Values are below 5."""
         eps = torch.finfo(dtype).eps + 2 * self.head_dim * torch.finfo(torch.float32).eps
         return 5 * eps
+
+
+SHAPES = {
+    "mha": Shape(kv_heads=3, group=1, head_dim=64),
+    "gqa4": Shape(kv_heads=2, group=4, head_dim=128),
+    "gqa7": Shape(kv_heads=2, group=7, head_dim=64, block_size=32),
+    "gqa8": Shape(kv_heads=1, group=8, head_dim=128),
+    "ragged": Shape(kv_heads=5, group=3, head_dim=80),
+}
+NUM_BLOCKS = 90
+"""More than `MIXED` takes."""
 
 
 @dataclass
@@ -168,7 +179,9 @@ class Batch:
         )
 
 
-Attend = Callable[..., Tensor]
+def check(attended: Tensor, batch: Batch) -> None:
+    tolerance = batch.shape.tolerance(batch.dtype)
+    torch.testing.assert_close(attended.cpu().float(), batch.attended(), rtol=0, atol=tolerance)
 
 
 class Unified:

@@ -100,7 +100,7 @@ class DecodeStep:
             mass_index=mass,
             device=device,
         )
-        self.attend = Unified(SHAPE, max_tokens=ROWS, segments=3)
+        self.attend = Unified(SHAPE, max_tokens=ROWS, segments=4)
         self.ring = torch.zeros(SLOTS * WINDOW, *self.queries.shape[1:], dtype=dtype, device=device)
         self.plane = torch.zeros(self.cache.shape[:3], device=device)
         self.layer = EvictedLayer(
