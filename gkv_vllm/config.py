@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NO_POLICY = "none"
-REQUEST_KEYS = ("kv_policy", "kv_budget", "kv_protect")
+REQUEST_KEYS = ("kv_policy", "kv_budget", "kv_protect", "kv_record")
 # Keys with our prefix that vLLM itself puts into SamplingParams.extra_args.
 VLLM_REQUEST_KEYS = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
 
@@ -61,6 +61,8 @@ class RequestPolicy:
     evict: bool
     budget: int
     protect: str
+    record: bool = False
+    """Whether each of its evictions is written down."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,12 @@ class KVPolicyConfig:
         "C++ where there is any (cuda), the readable torch form (reference), the fastest (auto)",
         kind=str,
         choices=("auto", "reference", "cpu", "triton", "cuda"),
+    )
+    record_positions: str | None = _setting(
+        None,
+        "folder for records of what was evicted, one file for each request that asks with "
+        "kv_record=1 (default: nothing is recorded)",
+        kind=str,
     )
     policy_config: Mapping[str, Any] = _setting(
         None, "the policy's own parameters, as a JSON object", kind=Mapping
@@ -257,6 +265,7 @@ class KVPolicyConfig:
             evict=self._request_evicts(extra_args.get("kv_policy", self.policy)),
             budget=self._request_budget(extra_args.get("kv_budget", self.budget), block_size),
             protect=self._request_protect(extra_args.get("kv_protect", self.protect)),
+            record=self._request_records(extra_args.get("kv_record", 0)),
         )
 
     def _request_evicts(self, asked: Any) -> bool:
@@ -284,6 +293,16 @@ class KVPolicyConfig:
     def _request_protect(self, asked: Any) -> str:
         _check_choice("kv_protect", asked, setting_named("protect").metadata["choices"])
         return asked
+
+    def _request_records(self, asked: Any) -> bool:
+        if not isinstance(asked, int) or asked not in (0, 1):
+            raise ConfigError(f"kv_record must be 1 or 0, got {_shown(asked)}")
+        if asked and self.record_positions is None:
+            raise ConfigError(
+                "kv_record=1, but this server records nothing; start it with "
+                "--kv-record-positions DIR, or leave kv_record out"
+            )
+        return bool(asked)
 
 
 def setting_named(name: str) -> dataclasses.Field[Any]:
@@ -319,6 +338,7 @@ def _check_value(key: str, value: object, setting: dataclasses.Field[Any]) -> No
             raise ConfigError(f"{name}={value} must be at least {rule['least']}")
     elif rule["kind"] is str:
         if not isinstance(value, str) or not value:
-            raise ConfigError(f"{name} must be a name, got {_shown(value)}")
+            what = "a folder" if key == "record_positions" else "a name"
+            raise ConfigError(f"{name} must be {what}, got {_shown(value)}")
     elif not isinstance(value, Mapping):
         raise ConfigError(f"{name} must be a JSON object, got {_shown(value)}")

@@ -12,10 +12,12 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gkv_vllm import compat
@@ -234,6 +236,7 @@ def problems_of(vllm_config: Any, config: KVPolicyConfig) -> list[str]:
         lambda: _check_layer_groups(vllm_config, config),
         lambda: _check_pool(vllm_config, config),
         lambda: _check_impl(config),
+        lambda: _check_record_folder(config),
     ):
         try:
             check()
@@ -286,6 +289,21 @@ def _check_impl(config: KVPolicyConfig) -> None:
         paged.resolve(config.impl)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_record_folder(config: KVPolicyConfig) -> None:
+    """Raise when no record could be written; the engine makes the folder, if need be."""
+    from gkv_vllm.config import ConfigError
+
+    if config.record_positions is None:
+        return
+    folder = Path(config.record_positions).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"kv_policy record_positions={config.record_positions} is no folder that can be "
+            f"written ({there}); name one that can, or leave it out"
+        )
 
 
 def activate(vllm_config: Any) -> None:

@@ -148,6 +148,13 @@ def _reference_in_graphs(config: Any) -> bool:
     return _settings(config).impl == "reference"
 
 
+def _records_of_one_rank(config: Any) -> bool:
+    settings = _settings(config)
+    own_tokens = settings.moves_tokens and settings.scope == "head"
+    recorded = settings.record_positions is not None and own_tokens
+    return recorded and config.parallel_config.tensor_parallel_size > 1
+
+
 REFUSALS: list[Refusal] = [
     Refusal(
         "other versions of vLLM",
@@ -208,6 +215,13 @@ REFUSALS: list[Refusal] = [
         _reference_in_graphs,
         "the torch reference inside CUDA graphs",
         "add --enforce-eager, or set --kv-impl auto",
+    ),
+    Refusal(
+        "records of tokens kept per head (record_positions) with tensor parallelism",
+        _records_of_one_rank,
+        "record_positions and tensor parallelism where each head keeps tokens of its own, since "
+        "a rank knows only its own heads",
+        "use --tensor-parallel-size 1, --kv-scope layer or all, or drop --kv-record-positions",
     ),
     Refusal(
         "quantised KV cache",

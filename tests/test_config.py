@@ -108,7 +108,7 @@ def test_none_is_no_value_for_a_required_setting(key):
         KVPolicyConfig.from_mapping({key: None})
 
 
-@pytest.mark.parametrize("key", ["min_budget", "max_budget", "reserve_prompt"])
+@pytest.mark.parametrize("key", ["min_budget", "max_budget", "reserve_prompt", "record_positions"])
 def test_none_leaves_an_optional_setting_to_its_default(key):
     assert KVPolicyConfig.from_mapping({key: None}) == KVPolicyConfig()
 
@@ -253,12 +253,30 @@ def test_vllm_reads_no_further_kv_keys_from_a_request():
         ({"kv_protect": "all"}, "kv_protect must be one of prompt, sinks, none, got 'all'"),
         ({"kv_protect": 0}, "kv_protect must be one of"),
         ({"kv_policy": "none", "kv_budget": 1}, "kv_budget=1 is below"),
+        ({"kv_record": 1}, "kv_record=1, but this server records nothing; start it with --kv-rec"),
+        ({"kv_record": "1"}, "kv_record must be 1 or 0, got '1' of type str"),
+        ({"kv_record": 2}, "kv_record must be 1 or 0, got 2"),
+        ({"kv_record": None}, "kv_record must be 1 or 0"),
     ],
     ids=str,
 )
 def test_bad_request_values_are_refused_with_a_sentence(extra, message):
     with pytest.raises(ConfigError, match=message):
         SERVER.for_request(extra)
+
+
+def test_a_request_is_recorded_only_where_it_asks():
+    server = dataclasses.replace(SERVER, record_positions="records")
+    assert server.for_request({"kv_record": 1}).record is True
+    for extra in ({}, {"kv_record": 0}, {"kv_policy": "none"}):
+        assert server.for_request(extra).record is False
+    assert SERVER.for_request({"kv_record": 0}).record is False
+
+
+@pytest.mark.parametrize("value", ["", 1, True, ["records"]])
+def test_the_folder_of_records_is_a_folder(value):
+    with pytest.raises(ConfigError, match="kv_policy record_positions must be a folder, got"):
+        KVPolicyConfig.from_mapping({"record_positions": value})
 
 
 def test_without_max_budget_a_request_may_ask_for_any():

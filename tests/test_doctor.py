@@ -108,7 +108,7 @@ between
 <!-- begin policies -->
 <!-- end policies -->
 <!-- begin support -->
-old
+what stood there
 <!-- end support -->
 after
 """
@@ -123,7 +123,7 @@ def test_docs_fill_their_blocks_and_nothing_else(tmp_path):
     text = readme.read_text()
     assert text.startswith("# Title\n<!-- begin flags -->\n| flag |")
     assert "<!-- end flags -->\nbetween\n<!-- begin policies -->\n| policy |" in text
-    assert text.endswith("<!-- end support -->\nafter\n") and "old" not in text
+    assert text.endswith("<!-- end support -->\nafter\n") and "what stood there" not in text
     assert main.main(["docs", "--check", "--readme", str(readme)]) == 0
     readme.write_text(text.replace("2048", "4096"))
     assert main.main(["docs", "--check", "--readme", str(readme)]) == 1

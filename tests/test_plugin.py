@@ -204,6 +204,7 @@ def test_every_setting_has_a_flag(engine_args):
         "max_budget": 1024,
         "reserve_prompt": 100,
         "impl": "reference",
+        "record_positions": "records",
         "policy_config": {"alpha": 0.5},
     }
     assert given.keys() == {setting.name for setting in dataclasses.fields(KVPolicyConfig)}
@@ -399,6 +400,28 @@ def test_operators_that_are_not_there_are_refused_by_name(
     assert llm_config(demo_model, {**policy, "impl": "auto"})
     with pytest.raises(PolicyRefused, match="impl=cpu, but the C\\+\\+ operators are not there"):
         llm_config(demo_model, {**policy, "impl": "cpu"})
+
+
+def test_records_need_a_folder_that_can_be_written(demo_model, no_activation_left, tmp_path):
+    policy = {"policy": "gkv", "budget": 128}
+    new = tmp_path / "not" / "there"
+    assert llm_config(demo_model, {**policy, "record_positions": str(new)})
+    assert not new.exists(), "checking a command line must leave nothing behind"
+    file = tmp_path / "file"
+    file.write_text("")
+    for path in (file, file / "below"):
+        with pytest.raises(PolicyRefused) as error:
+            llm_config(demo_model, {**policy, "record_positions": str(path)})
+        assert f"record_positions={path} is no folder that can be written" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_records_of_one_rank_are_refused(demo_model, no_activation_left, tmp_path):
+    policy = {"policy": "gkv", "budget": 128, "record_positions": str(tmp_path)}
+    for form in ({"scope": "layer"}, {"scope": "all"}, {"granularity": "block"}):
+        assert llm_config(demo_model, policy | form, tensor_parallel_size=2)
+    with pytest.raises(PolicyRefused, match="a rank knows only its own heads; use --tensor-par"):
+        llm_config(demo_model, policy, tensor_parallel_size=2)
 
 
 def test_refusals_of_a_real_config_are_told_together(demo_model, no_activation_left):

@@ -178,6 +178,20 @@ def test_the_reference_in_cuda_graphs_is_refused():
     assert names_of(config) == []
 
 
+def test_records_of_one_rank_are_refused():
+    config = healthy()
+    config.parallel_config.tensor_parallel_size = 2
+    config.additional_config = {"kv_policy": {"policy": "gkv", "record_positions": "records"}}
+    assert names_of(config) == [RECORDS_OF_ONE_RANK]
+    for changed in ({"granularity": "block"}, {"scope": "layer"}, {"record_positions": None}):
+        given = {"policy": "gkv", "record_positions": "records", **changed}
+        config.additional_config = {"kv_policy": given}
+        assert names_of(config) == []
+
+
+RECORDS_OF_ONE_RANK = "records of tokens kept per head (record_positions) with tensor parallelism"
+
+
 def names_of(config):
     return [refusal.name for refusal in REFUSALS if refusal.applies(config)]
 
@@ -293,6 +307,7 @@ def test_every_refusal_has_a_test():
         "other versions of vLLM",
         "the Rust front end",
         "impl=reference on a GPU with CUDA graphs",
+        RECORDS_OF_ONE_RANK,
         WITHOUT_HYBRID_MANAGER,
     }
     assert {refusal.name for refusal in REFUSALS} == tested

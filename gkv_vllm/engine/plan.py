@@ -63,6 +63,8 @@ class Compaction:
     candidates are dropped."""
     fresh: dict[int, dict[int, int]] = field(default_factory=dict)
     """KV cache group -> target -> block id, for targets that took the place of a shared block."""
+    record: int | None = None
+    """Under this number the worker reports what stayed; None for a request that is not recorded."""
 
 
 @dataclass(slots=True)
@@ -95,6 +97,9 @@ class WorkerReport:
     """Requests that were scored in this step, or scored and compacted."""
     seconds: float
     """Time that this took."""
+    kept: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    """Of recorded compactions, by number: the places among the candidates that stayed, and the
+    scores that decided, [layers or 1, kv_heads or 1, tokens] each. Arrays as in `scores`."""
 
     def after(self, earlier: WorkerReport | None) -> WorkerReport:
         """Both together; a step that samples nothing leaves its report to the next one."""
@@ -104,4 +109,5 @@ class WorkerReport:
             {**earlier.scores, **self.scores},
             earlier.events + self.events,
             earlier.seconds + self.seconds,
+            {**earlier.kept, **self.kept},
         )

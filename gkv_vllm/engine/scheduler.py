@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -25,6 +27,7 @@ from gkv_vllm.engine.footprint import (
 )
 from gkv_vllm.engine.plan import PLAN_ATTRIBUTE, REPORT_ATTRIBUTE, Selection
 from gkv_vllm.engine.planner import EvictionPlanner, choose_targets
+from gkv_vllm.engine.recorder import Recorder
 from gkv_vllm.engine.spec import in_flight_tokens, steps_ahead
 from gkv_vllm.policies import registry
 
@@ -63,7 +66,27 @@ class EvictionMixin(Scheduler):
                 block_size,
             ),
         )
+        self.recorder: Recorder | None = None
+        if self.kv_policy.record_positions is not None:
+            self.recorder = self._build_recorder(Path(self.kv_policy.record_positions))
         self._next_log = time.monotonic() + LOG_INTERVAL_SECONDS
+
+    def _build_recorder(self, folder: Path) -> Recorder:
+        groups = self.kv_cache_config.kv_cache_groups
+        group_of = {
+            layer: manager.layer_group
+            for manager in self.evicting_managers
+            for layer in groups[manager.kv_cache_group_id].layer_names
+        }
+        model = self.vllm_config.model_config
+        return Recorder(
+            folder,
+            self.kv_policy,
+            model=str(model.model),
+            kv_heads=model.get_total_num_kv_heads(),
+            layer_groups=[group_of[layer] for layer in sorted(group_of, key=_depth)],
+            block_size=self.planner.block_size,
+        )
 
     def _find_managers(self) -> list[GKVBlockManager]:
         managers = [
@@ -130,6 +153,8 @@ class EvictionMixin(Scheduler):
             policy=policy,
             key=_request_key(request) if self.planner.needs.seeded else 0,
         )
+        if policy.record and self.recorder is not None:
+            self.recorder.begin(request.request_id, policy)
         room = self.max_model_len - request.num_prompt_tokens
         if policy.evict:
             # To the longest sequence there can be: a streaming session may grow beyond max_tokens.
@@ -173,13 +198,32 @@ class EvictionMixin(Scheduler):
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.planner.restart(request.request_id)
+        if self.recorder is not None:
+            self.recorder.restart(request.request_id)
         super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.planner.remove(request.request_id)
+        self._end_record(request, request.status.name.removeprefix("FINISHED_").lower())
         for manager in self.evicting_managers:
             manager.unbound(request.request_id)
         return super()._free_request(request, *args, **kwargs)
+
+    def _end_record(self, request: Request, finish: str) -> None:
+        if self.recorder is not None:
+            self.recorder.end(
+                request.request_id,
+                token_ids=request.all_token_ids,
+                prompt_tokens=request.num_prompt_tokens,
+                finish=finish,
+            )
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.recorder is not None:
+            for request_id in self.recorder.followed:
+                self._end_record(self.requests[request_id], "shutdown")
+            self.recorder.close()
 
     # ---- one step
 
@@ -187,6 +231,8 @@ class EvictionMixin(Scheduler):
         self._evict()
         output = super().schedule(*args, **kwargs)
         plan = self.planner.plan(self._progress(output.num_scheduled_tokens))
+        if self.recorder is not None:
+            self.recorder.planned(plan)
         if plan:
             setattr(output, PLAN_ATTRIBUTE, plan)
         return output
@@ -247,6 +293,8 @@ class EvictionMixin(Scheduler):
         report = getattr(model_runner_output, REPORT_ATTRIBUTE, None)
         if report is not None:
             self.planner.accept(report)
+            if self.recorder is not None:
+                self.recorder.reported(report)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
@@ -271,6 +319,11 @@ class GKVScheduler(EvictionMixin, Scheduler):
 
 class GKVAsyncScheduler(EvictionMixin, AsyncScheduler):
     """Eviction in vLLM's asynchronous scheduler: scores arrive one step later."""
+
+
+def _depth(layer: str) -> list[int]:
+    """Sorts layers by their place in the model, by the numbers of their names."""
+    return [int(number) for number in re.findall(r"\d+", layer)]
 
 
 def _request_key(request: Request) -> int:

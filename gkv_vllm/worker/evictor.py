@@ -132,8 +132,8 @@ class Evictor:
             id_: (seen.epoch, to_host(of_request))
             for (id_, seen), of_request in zip(observed.items(), found or (), strict=True)
         }
-        report = WorkerReport(scores, self._events, self._seconds)
-        self._events, self._seconds = 0, 0.0
+        report = WorkerReport(scores, self._events, self._seconds, self.scorer.kept)
+        self._events, self._seconds, self.scorer.kept = 0, 0.0, {}
         return report
 
     def _table(self, request_id: str) -> BlockTable:

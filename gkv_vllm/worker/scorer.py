@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from gkv_vllm.engine.footprint import blocks_for
 from gkv_vllm.engine.plan import Compaction, Selection
 from gkv_vllm.ops.layers import LayerCaches, LayerOps
 from gkv_vllm.ops.paged import PagedOps
-from gkv_vllm.ops.upload import upload
+from gkv_vllm.ops.upload import to_host, upload
 from gkv_vllm.policies.base import Policy
 from gkv_vllm.policies.view import View
 from gkv_vllm.worker.layers import EvictedLayer
@@ -85,6 +86,8 @@ class Scorer:
             upload([i for i, of in enumerate(of_layer) if of == group], self.device)
             for group in sorted(set(of_layer))
         ]
+        self.kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        """What recorded compactions kept, as `WorkerReport.kept`, since the last report."""
         self.history: Tensor | None = None
         """Block granularity: [slots, layers, kv_heads, blocks], by logical block."""
         if policy.needs.history and not moves_tokens:
@@ -134,7 +137,10 @@ class Scorer:
         return self.policy.combine(scores.flatten(0, 1))[None, None]
 
     def _move(self, order: Compaction, table: BlockTable, view: View, scores: Tensor) -> None:
-        keep = self.ops.topk_keep(scores, view.keep).expand(len(self.layers), -1, -1)
+        chosen = self.ops.topk_keep(scores, view.keep)
+        if order.record is not None:
+            self.kept[order.record] = to_host(chosen), to_host(scores)
+        keep = chosen.expand(len(self.layers), -1, -1)
         renewed = set().union(*order.fresh.values())
         place_of = {block: i for i, block in enumerate(order.selection.candidates[0])}
         places = [-1 if block in renewed else place_of[block] for block in order.targets]

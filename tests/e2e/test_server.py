@@ -148,6 +148,7 @@ BAD = {
     "above the server's bound": ({"kv_budget": 4096}, "512"),
     "unknown protection": ({"kv_protect": "system"}, "sinks"),
     "list": ({"kv_budget": [128]}, "whole number"),
+    "a record that nobody would write": ({"kv_record": 1}, "--kv-record-positions"),
 }
 ROUTES = {
     "completions": {"prompt": [1, 2, 3], "max_tokens": 4},

@@ -53,6 +53,7 @@ class Runner:
 class Scorer:
     def __init__(self, log: list[Any]) -> None:
         self.log = log
+        self.kept: dict[int, Any] = {}
 
     def reset(self, slots: list[int]) -> None:
         self.log.append(("reset", slots))
@@ -63,6 +64,7 @@ class Scorer:
 
     def compact(self, orders: Any) -> None:
         self.log += [("compact", order.targets, table(0)) for order, table in orders]
+        self.kept |= {order.record: "kept" for order, _ in orders if order.record is not None}
 
 
 class Ring:
@@ -223,6 +225,20 @@ def test_a_compaction_is_reported_though_it_has_no_scores(step: Step) -> None:
     assert (report.scores, report.events) == ({}, 1)
 
 
+def test_what_a_recorded_compaction_kept_is_reported_once(step: Step) -> None:
+    recorded = Compaction(selection(), [0, 1], record=5)
+    step.evictor.begin(StepPlan(compact={"a": recorded, "c": FULL_PLAN.compact["c"]}))
+    step.forward()
+    report = step.evictor.finish()
+    assert report is not None
+    assert report.kept == {5: "kept"}
+    step.evictor.begin(StepPlan(compact=FULL_PLAN.compact))
+    step.forward()
+    again = step.evictor.finish()
+    assert again is not None
+    assert again.kept == {}
+
+
 def test_drops_alone_report_nothing(step: Step) -> None:
     step.evictor.begin(StepPlan(drops={"a": ([0], [0])}))
     step.forward()
@@ -249,7 +265,8 @@ def test_a_dummy_batch_after_a_step_leaves_the_rings_alone(step: Step) -> None:
 
 def test_a_report_that_found_no_way_up_goes_with_the_next_one() -> None:
     """A step with nothing to sample has no output of its own."""
-    first = WorkerReport({"a": (1, [[0.5]])}, events=2, seconds=0.25)
-    second = WorkerReport({"b": (2, [[0.75]])}, events=1, seconds=0.5)
+    first = WorkerReport({"a": (1, [[0.5]])}, events=2, seconds=0.25, kept={3: "first"})
+    second = WorkerReport({"b": (2, [[0.75]])}, events=1, seconds=0.5, kept={4: "kept"})
     assert second.after(None) == second
-    assert second.after(first) == WorkerReport({**first.scores, **second.scores}, 3, 0.75)
+    both = WorkerReport({**first.scores, **second.scores}, 3, 0.75, {3: "first", 4: "kept"})
+    assert second.after(first) == both
