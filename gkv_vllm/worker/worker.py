@@ -174,6 +174,12 @@ class EvictionWorkerMixin(Worker):
                     f"blocks; set --attention-backend to {usable}, or "
                     "serve this model without --kv-policy"
                 )
+            if (kernel := cache.shape[2]) != spec.block_size:
+                raise ConfigError(
+                    f"attention layer {name} splits each block of {spec.block_size} tokens into "
+                    f"blocks of {kernel}, so that tables number other blocks than the scheduler; "
+                    f"set --block-size {kernel}, or serve this model without --kv-policy"
+                )
             layer = EvictedLayer(
                 ops=ops,
                 kv_group=group,

@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from .harness import POLICY, prompt, request, run_elsewhere
+from .harness import ENGINE_ENVIRONMENT, POLICY, prompt, request, run_elsewhere
 
 pytestmark = pytest.mark.e2e
 
@@ -98,3 +101,32 @@ def test_sliding_window_layers_are_left_alone_and_full_ones_evicted(hybrid_model
     untouched = run_elsewhere(hybrid_model, short, 200, kv_policy=POLICY)
     assert untouched["evictions"] == 0
     assert untouched["outputs"] == stock["outputs"]
+
+
+SPLIT_BLOCKS = """
+import sys
+from pathlib import Path
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+CPUAttentionBackend.get_supported_kernel_block_sizes = staticmethod(lambda spec=None: [32])
+sys.path.insert(0, sys.argv[1])
+from harness import POLICY, InProcessEngine
+InProcessEngine(
+    Path(sys.argv[2]), num_blocks=80, kv_policy=POLICY, arguments={"block_size": int(sys.argv[3])}
+)
+"""
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_a_backend_that_splits_blocks_is_refused(demo_model: Path, block_size: int) -> None:
+    """Its kernels take blocks of 32 tokens alone, as some on a GPU do for some models."""
+    here = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", SPLIT_BLOCKS, here, str(demo_model), str(block_size)],
+        env={**os.environ, **ENGINE_ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode == 0) == (block_size == 32), done.stderr[-4000:]
+    refusal = "splits each block of 64 tokens into blocks of 32"
+    assert (refusal in done.stderr) == (block_size == 64), done.stderr[-4000:]
