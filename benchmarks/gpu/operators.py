@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gkv_vllm.triton_kernels import redundancy, score, topk
+from gkv_vllm.triton_kernels import key_norms, redundancy, score, topk
 from gkv_vllm.triton_kernels.paged import PagedLayers, pointers
 from gkv_vllm.triton_kernels.requests import DueRequests
 from gpu.common import Model
@@ -122,6 +122,7 @@ class Scoring:
         yield self._score_blocks(numbers, self.keys(batch.live_tokens) + queries)
         yield self._redundancy("redundancy, keys alike")
         yield self._mix()
+        yield self._key_norms()
         yield self._topk()
 
     def _score_blocks(self, numbers: dict[str, float], read: int) -> Case:
@@ -186,6 +187,17 @@ class Scoring:
             ),
             2 * self.floats(self.tokens) + self.floats(self.unprotected),
             oracle,
+        )
+
+    def _key_norms(self) -> Case:
+        batch, live = self.batch, self.batch.live_tokens
+        ids = [batch.block_ids(i) for i in range(batch.requests)]
+        return Case(
+            "key_norms",
+            "triton",
+            lambda: [key_norms.key_norms(self.layers, of_request, live) for of_request in ids],
+            self.keys(live) + self.floats(live),
+            lambda: self.oracle.key_norms(ids[0], live),
         )
 
     def _topk(self) -> Case:
@@ -271,7 +283,7 @@ def stepping(pool: Pool, rows: int, live_tokens: int, impls: dict[str, PagedOps]
     starts, slots = torch.arange(rows + 1, **ints), torch.arange(rows, **ints)
     live, live_lens = torch.zeros_like(table), torch.zeros_like(lens)
     places = torch.zeros(rows, **ints)
-    step = (table, lens, starts, slots, model.block_size, live, live_lens, places, model.window)
+    step = (table, lens, starts, slots, model.block_size, model.window, live, live_lens, places)
 
     heads = (model.query_heads, model.head_dim)
     queries = torch.randn(rows, *heads, device=device).to(DTYPE)
@@ -283,6 +295,15 @@ def stepping(pool: Pool, rows: int, live_tokens: int, impls: dict[str, PagedOps]
         for of_layer in ring:
             ops.store_window_queries(queries, own, of_layer)
 
+    plane = torch.zeros(pool.num_blocks, model.kv_heads, model.block_size, device=device)
+    nothing_protected = torch.zeros(rows, **ints)
+
+    def accumulate(ops: PagedOps) -> None:
+        batch = (live, live_lens, starts, nothing_protected)
+        for cache in pool.caches.kv_caches:
+            ops.attention_mass(queries, cache, plane, *batch, model.head_dim**-0.5, 0.0)
+
+    keys = model.layers * model.kv_heads * rows * live_tokens
     for impl, ops in impls.items():
         yield Case(
             "prepare_step",
@@ -300,6 +321,15 @@ def stepping(pool: Pool, rows: int, live_tokens: int, impls: dict[str, PagedOps]
             partial(store, oracle),
             compared=False,
         )
+    # After `prepare_step`, whose live tables it reads; csrc/cuda has none of its own.
+    yield Case(
+        "attention_mass",
+        "triton",
+        partial(accumulate, impls["triton"]),
+        keys * (model.head_dim * KEY + 2 * FLOAT),
+        partial(accumulate, oracle),
+        compared=False,
+    )
 
 
 def all_cases(batch: Batch, impls: dict[str, PagedOps]) -> Iterator[Case]:

@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
 """The operators as Triton kernels (`triton_kernels/`), for all layers in one launch.
 
-What has no kernel of its own (key norms, pooling, dense copies) runs in torch on the device."""
+What has no kernel of its own runs in torch on the device: pooling and block maxima, each one call
+for all layers, and dense copies of the keys, which no policy of this package asks for."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from gkv_vllm.ops.upload import upload
 from gkv_vllm.triton_kernels import (
     attention_mass,
     compact,
+    key_norms,
     redundancy,
     score,
     topk,
@@ -152,6 +154,9 @@ class TritonLayerOps(EachLayer):
             self.layers, due, threshold=threshold, within_blocks=within_blocks
         )
         return similarity
+
+    def key_norms(self, block_ids: Tensor, live_tokens: int) -> Tensor:
+        return key_norms.key_norms(self.layers, block_ids, live_tokens)
 
     def topk_keep(self, scores: Tensor, count: int) -> Tensor:
         return topk.topk_keep(scores.contiguous(), count)

@@ -38,8 +38,10 @@ def test_kernels_agree_with_their_oracles(tmp_path: Path) -> None:
         # Numbers up to 1 in float32, summed over at most 96 tokens.
         assert compared[operator] < 96 * 2**-23
     assert compared["topk_keep"] == 0
-    steps = {"prepare_step", "store_window_queries", "compact", "event"}
-    assert {row["operator"] for row in rows} == {*scores, *redundancy, "topk_keep", *steps}
+    assert compared["key_norms"] < 2**-16  # norms below 64, of as many numbers
+    steps = {"prepare_step", "store_window_queries", "attention_mass", "compact", "event"}
+    exact = {"topk_keep", "key_norms"}
+    assert {row["operator"] for row in rows} == {*scores, *redundancy, *exact, *steps}
 
 
 def test_a_policy_with_nothing_to_do_decodes_what_stock_decodes(tmp_path: Path) -> None:
