@@ -3,6 +3,7 @@
 """Every touch on vLLM fits the installed release; one that moved is noticed; wraps are clean."""
 
 import inspect
+import re
 import sys
 import types
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import pytest
 
 from gkv_vllm import compat
 from gkv_vllm.compat import TOUCHES, Touch, check_touch
+from gkv_vllm.worker.runner_v1 import V1Runner
+from gkv_vllm.worker.runner_v2 import V2Runner
 
 
 @pytest.mark.parametrize("touch", TOUCHES, ids=lambda touch: touch.target)
@@ -71,6 +74,28 @@ def test_a_moved_signature_is_a_problem(vendor):
     assert "no longer has x" in check_touch(touch("Thing.cls", "x"))
     assert check_touch(touch("Stats", "running")) is None
     assert "no longer has waiting" in check_touch(touch("Stats", "waiting"))
+
+
+def test_an_attribute_that_is_not_set_any_more_is_a_problem():
+    """Inherited ones count; methods do not."""
+    target = "logging:FileHandler"
+    assert check_touch(Touch(target, "w", "r", attributes=("delay", "stream", "lock"))) is None
+    problem = check_touch(Touch(target, "w", "r", attributes=("delay", "rows", "emit")))
+    assert "no longer sets rows, emit" in problem
+
+
+@pytest.mark.parametrize(
+    ("adapter", "target"),
+    [
+        (V1Runner, "vllm.v1.worker.gpu_model_runner:GPUModelRunner"),
+        (V2Runner, "vllm.v1.worker.gpu.model_runner:GPUModelRunner"),
+    ],
+    ids=["V1", "V2"],
+)
+def test_what_an_adapter_reads_of_its_runner_is_listed(adapter, target):
+    read = re.findall(r"\b(?:self\.runner|model_runner)\.(\w+)", inspect.getsource(adapter))
+    (listed,) = (touch.attributes for touch in TOUCHES if touch.target == target)
+    assert read and set(read) <= set(listed)
 
 
 def counting(calls):
