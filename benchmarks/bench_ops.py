@@ -20,7 +20,7 @@ import machine
 import torch
 from torch import Tensor
 
-from gkv_vllm.ops import cpu_layout
+from gkv_vllm.ops.layout import CPULayout
 from gkv_vllm.ops.paged import PagedOps, ReferenceOps, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -61,7 +61,7 @@ class Layers:
             cache = torch.zeros(
                 blocks + 8, shape.kv_heads, shape.block_size, 2 * shape.head_dim, dtype=dtype
             )
-            cpu_layout.write_tokens(cache, self.ids, keys, keys)
+            CPULayout().write(cache, self.ids, keys, keys)
             self.caches.append(cache)
             self.planes.append(torch.zeros(cache.shape[:3]))
             self.plain.append(keys.contiguous().view(torch.float32))

@@ -89,10 +89,21 @@ def policies() -> Iterator[Finding]:
 
 
 def operators() -> Iterator[Finding]:
-    """What would compute scores and move tokens here."""
-    from gkv_vllm.ops import paged
+    """What would compute scores and move tokens on the device that vLLM would use here."""
+    from vllm.platforms import current_platform
 
-    yield Finding(True, paged.describe())
+    from gkv_vllm.ops import paged
+    from gkv_vllm.refusals import BACKENDS
+
+    device = current_platform.device_type or "cpu"  # vLLM found none: the model runs nowhere
+    if device not in BACKENDS:
+        usable = " or ".join(BACKENDS)
+        yield Finding(False, f"vLLM runs on {device} here; a KV policy needs {usable}")
+        return
+    try:
+        yield Finding(True, paged.describe(device))
+    except ImportError as error:
+        yield Finding(False, f"operators on {device}: none, since Triton is not there ({error})")
 
 
 # --- a command line ------------------------------------------------------------------------------
@@ -220,7 +231,7 @@ def _test_scores() -> str:
     """The token that the window attends to survives G-KV."""
     import torch
 
-    from gkv_vllm.ops import cpu_layout, paged
+    from gkv_vllm.ops import paged
     from gkv_vllm.ops.layers import LayerCaches
     from gkv_vllm.policies import registry
     from gkv_vllm.policies.view import View
@@ -228,8 +239,8 @@ def _test_scores() -> str:
     queries, keys = torch.zeros(1, 2, 4, 8), torch.zeros(1, 84, 8)
     queries[..., 0] = keys[0, 45, 0] = 4.0  # one token is what every query asks for
     cache, blocks = torch.zeros(3, 1, 32, 16), torch.arange(3)
-    cpu_layout.write_tokens(cache, blocks, keys, torch.zeros_like(keys))
     ops = paged.resolve("auto")
+    ops.layout.write(cache, blocks, keys, torch.zeros_like(keys))
     view = View(
         ops=ops.bind(LayerCaches((cache,), ops.layout)),
         block_ids=blocks[None],

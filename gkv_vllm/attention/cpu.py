@@ -17,7 +17,7 @@ from gkv_vllm.engine.spec import GKVSpec
 logger = init_logger(f"vllm.{__name__}")
 
 READABLE_LAYOUTS = ("vec", "vec16")
-"""Instruction sets of vLLM's CPU kernels whose key layout `ops/cpu_layout.py` describes."""
+"""Instruction sets of vLLM's CPU kernels whose key layout `CPULayout` describes."""
 
 
 class ReadableKeysBuilder(CPUAttentionMetadataBuilder):

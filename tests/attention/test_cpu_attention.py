@@ -23,7 +23,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from gkv_vllm.attention.cpu import READABLE_LAYOUTS, GKVCPUAttentionBackend
 from gkv_vllm.attention.wrap import live_metadata
 from gkv_vllm.engine.spec import GKVSpec
-from gkv_vllm.ops import cpu_layout, paged
+from gkv_vllm.ops import paged
+from gkv_vllm.ops.layout import CPULayout
 
 LARGE = 1e4
 """In slots that no token was written to. Not NaN: the stock kernel multiplies the values behind a
@@ -353,13 +354,13 @@ def test_gathered_keys_are_the_written_keys(
     ops.cpu_attn_reshape_and_cache(
         keys, keys + 1, *kernel_views(cache), slots, readable_isa(dtype, block_size, head_dim)
     )
-    gathered = cpu_layout.gather_keys(cache, ids)
+    gathered, _ = CPULayout().read(cache, ids)
     assert gathered.shape == (kv_heads, blocks * block_size, head_dim)
     assert torch.equal(gathered[:, :tokens], keys.transpose(0, 1))
 
     order = torch.randperm(blocks, generator=generator)
     by_block = gathered.view(kv_heads, blocks, block_size, head_dim)
-    shuffled = cpu_layout.gather_keys(cache, ids[order]).view_as(by_block)
+    shuffled = CPULayout().read(cache, ids[order])[0].view_as(by_block)
     assert torch.equal(shuffled.nan_to_num(), by_block[:, order].nan_to_num())
 
 

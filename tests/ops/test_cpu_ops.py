@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gkv_vllm.ops import cpu_layout, paged, reference
+from gkv_vllm.ops import paged, reference
+from gkv_vllm.ops.layout import CPULayout
 from gkv_vllm.ops.live_table import squeeze
 from gkv_vllm.ops.paged import PagedOps, ReferenceOps
 
@@ -81,7 +82,7 @@ class Request:
         self.queries = random(*window, seed=seed + 3, dtype=shape.dtype)
         cache = (2 * blocks, shape.kv_heads, shape.block_size, 2 * shape.head_dim)
         self.cache = torch.full(cache, NAN, dtype=shape.dtype)
-        cpu_layout.write_tokens(self.cache, self.ids, self.keys, self.values)
+        CPULayout().write(self.cache, self.ids, self.keys, self.values)
 
     @property
     def scale(self) -> float:
@@ -325,7 +326,7 @@ def mass_batch(
         start += used
         table[row, :used] = ids
         keys = random(shape.kv_heads, n, shape.head_dim, seed=10 + row, dtype=shape.dtype)
-        cpu_layout.write_tokens(cache, ids, keys, keys)
+        CPULayout().write(cache, ids, keys, keys)
     queries = random(sum(counts), shape.kv_heads * shape.group, shape.head_dim, seed=2)
     starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
     batch = (

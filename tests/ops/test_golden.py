@@ -27,9 +27,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gkv_vllm.ops import cpu_layout
 from gkv_vllm.ops import reference as ops
 from gkv_vllm.ops.layers import LayerCaches
+from gkv_vllm.ops.layout import CPULayout
 from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.policies.base import Policy
 from gkv_vllm.policies.gkv import GKV
@@ -139,7 +139,7 @@ def through_view(method: Method, implementation: str) -> list[Eviction]:
         live, older = held.shape[1], held.shape[1] - method.window
         kv_cache, ids = torch.full((4, 2, 32, 2 * HEAD_DIM), torch.nan), torch.tensor([2])
         at = held[..., None].expand(-1, -1, HEAD_DIM)
-        cpu_layout.write_tokens(kv_cache, ids, method.keys.gather(1, at), VALUES.gather(1, at))
+        CPULayout().write(kv_cache, ids, method.keys.gather(1, at), VALUES.gather(1, at))
         ops = operators(implementation)
         view = View(
             ops=ops.bind(LayerCaches((kv_cache,), ops.layout)),

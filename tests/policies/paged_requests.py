@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gkv_vllm.engine.plan import Compaction, Recording, Selection
-from gkv_vllm.ops import cpu_layout, paged
+from gkv_vllm.ops import paged
+from gkv_vllm.ops.layout import CPULayout
 from gkv_vllm.ops.paged import PagedOps
 from gkv_vllm.policies.base import Policy
 from gkv_vllm.policies.view import View
@@ -25,6 +26,7 @@ from gkv_vllm.worker.mass import MassIndex
 from gkv_vllm.worker.rings import QueryRings, RingIndex
 from gkv_vllm.worker.scorer import Scorer
 
+LAYOUT = CPULayout()
 NAN = float("nan")
 IMPLEMENTATIONS = ("reference", "cpu")
 SLOTS = 4
@@ -228,9 +230,8 @@ class Cache:
             end = min(position - slot + block_size, request.num_tokens)
             slots, new = slice(slot, slot + end - position), slice(position, end)
             for layer, keys, values in zip(self.layers, request.keys, request.values, strict=True):
-                by_dimension = keys[:, new].transpose(1, 2)
-                cpu_layout.key_blocks(layer.kv_cache)[block, :, :, slots] = by_dimension
-                cpu_layout.value_blocks(layer.kv_cache)[block, :, slots] = values[:, new]
+                LAYOUT.keys(layer.kv_cache)[block, :, slots] = keys[:, new]
+                LAYOUT.values(layer.kv_cache)[block, :, slots] = values[:, new]
             position = end
         added = torch.arange(first, request.num_tokens)
         added = added.expand(len(self.layers), self.model.kv_heads, -1)
@@ -327,10 +328,9 @@ class Cache:
         live = request.held.shape[-1]
         for i, layer in enumerate(self.layers):
             at = request.held[i][..., None].expand(-1, -1, self.model.head_dim)
-            keys = cpu_layout.gather_keys(layer.kv_cache, request.live_ids)[:, :live]
-            values = cpu_layout.gather_values(layer.kv_cache, request.live_ids)[:, :live]
-            assert torch.equal(keys, request.keys[i].gather(1, at))
-            assert torch.equal(values, request.values[i].gather(1, at))
+            keys, values = LAYOUT.read(layer.kv_cache, request.live_ids)
+            assert torch.equal(keys[:, :live], request.keys[i].gather(1, at))
+            assert torch.equal(values[:, :live], request.values[i].gather(1, at))
 
 
 def _best(scores: list[float], count: int) -> list[int]:

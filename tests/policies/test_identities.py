@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gkv_vllm.ops import cpu_layout, reference
+from gkv_vllm.ops import reference
+from gkv_vllm.ops.layout import CPULayout
 from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.policies.base import Policy
 from gkv_vllm.policies.gkv import GKV
@@ -257,10 +258,8 @@ def test_attention_does_not_depend_on_the_order_of_tokens_in_a_head(model: Model
     at = order[..., None].expand(-1, -1, model.head_dim)
     ids = torch.tensor([3, 1])
     keys, values = request.keys[0], request.values[0]
-    cpu_layout.write_tokens(kv_cache, ids, keys.gather(1, at), values.gather(1, at))
-    moved = [
-        read(kv_cache, ids)[:, :63] for read in (cpu_layout.gather_keys, cpu_layout.gather_values)
-    ]
+    CPULayout().write(kv_cache, ids, keys.gather(1, at), values.gather(1, at))
+    moved = [tokens[:, :63] for tokens in CPULayout().read(kv_cache, ids)]
     queries = request.queries[0, :, -1:]
     before, after = attend(queries, keys, values, model), attend(queries, *moved, model)
     # The same weights, each off by eps per addend of its logit, and a sum over 63 in another order.

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gkv_vllm.ops import cpu_layout
 from gkv_vllm.ops import reference as ops
+from gkv_vllm.ops.layout import CPULayout
 from gkv_vllm.policies.gkv import GKV
 from gkv_vllm.policies.knorm import KNorm
 from gkv_vllm.policies.recency import Recency
@@ -169,7 +169,7 @@ def test_the_best_tokens_stand_in_the_targets_in_order(
     first = shape.protected * shape.block_size
     for i, cache in enumerate(world.caches):
         ids = kept.target_ids(i)
-        keys, values = cpu_layout.gather_keys(cache, ids), cpu_layout.gather_values(cache, ids)
+        keys, values = CPULayout().read(cache, ids)
         for head in range(shape.kv_heads):
             at = places(keys[head], world.keys[i][head])
             assert torch.equal(values[head], world.values[i][head, at])
@@ -216,7 +216,7 @@ def test_shared_targets_keep_their_bytes_when_fresh_blocks_stand_in(shape: Shape
 def test_heads_keep_different_tokens_under_scope_head(shape: Shape) -> None:
     world = World(shape)
     kept = Kept(world, "head")
-    keys = cpu_layout.gather_keys(world.caches[0], kept.target_ids(0))
+    keys, _ = CPULayout().read(world.caches[0], kept.target_ids(0))
     sets = [places(keys[h], world.keys[0][h]) for h in range(shape.kv_heads)]
     assert not torch.equal(sets[0], sets[1])
 
@@ -230,7 +230,7 @@ def test_token_history_moves_with_its_token(shape: Shape) -> None:
     dense = normalised(world)
     for i in range(shape.layers):
         ids = world.ids(i, world.compaction().targets)
-        keys = cpu_layout.gather_keys(world.caches[i], ids)
+        keys, _ = CPULayout().read(world.caches[i], ids)
         plane = world.planes[i][ids].transpose(0, 1).flatten(1)
         for head in range(shape.kv_heads):
             at = places(keys[head], world.keys[i][head])
@@ -268,7 +268,7 @@ def test_history_lifts_a_token_that_the_present_window_ignores() -> None:
     order = world.compaction(remembered=len(shape.candidates))
     world.scorer(ATTENTION_ONLY, moves_tokens=True).compact([(order, world.table)])
     start = shape.live.index(lifted) * shape.block_size
-    keys = cpu_layout.gather_keys(world.caches[0], world.ids(0, order.targets))
+    keys, _ = CPULayout().read(world.caches[0], world.ids(0, order.targets))
     for head in range(shape.kv_heads):
         kept = places(keys[head], world.keys[0][head]).tolist()
         assert set(range(start, start + shape.block_size)) <= set(kept)
@@ -281,7 +281,7 @@ def test_recency_by_token_keeps_the_newest_candidates() -> None:
     world.scorer(Recency(), moves_tokens=True).compact([(order, world.table)])
     count = shape.keep * shape.block_size
     end = (shape.candidates[-1] + 1) * shape.block_size
-    keys = cpu_layout.gather_keys(world.caches[0], world.ids(0, order.targets))
+    keys, _ = CPULayout().read(world.caches[0], world.ids(0, order.targets))
     assert places(keys[0], world.keys[0][0]).tolist() == list(range(end - count, end))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gkv_vllm.engine.plan import Compaction, Recording, Selection
-from gkv_vllm.ops import cpu_layout
+from gkv_vllm.ops.layout import CPULayout
 from gkv_vllm.ops.paged import PagedOps, ReferenceOps
 from gkv_vllm.policies.base import Policy
 from gkv_vllm.worker.layers import EvictedLayer
@@ -114,7 +114,7 @@ class World:
 
     def write(self, cache: Tensor, layer: int) -> None:
         ids = self.ids(layer, self.shape.live)
-        cpu_layout.write_tokens(cache, ids, self.keys[layer], self.values[layer])
+        CPULayout().write(cache, ids, self.keys[layer], self.values[layer])
 
     def scorer(self, policy: Policy, *, moves_tokens: bool = False, scope: str = "head") -> Scorer:
         shape, cpu = self.shape, torch.device("cpu")
