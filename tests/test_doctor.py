@@ -2,10 +2,16 @@
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
 """The doctor finds what is wrong and only that; generated blocks equal their source."""
 
+import importlib
+import sys
+import types
+from functools import partial
+
 import pytest
+from vllm.platforms import current_platform
 
 from gkv_vllm import __main__ as main
-from gkv_vllm import compat, doctor, refusals
+from gkv_vllm import compat, doctor, ops, refusals
 
 
 def wrong(findings):
@@ -37,6 +43,53 @@ def test_a_touch_that_moved_is_a_problem_and_sets_the_status(monkeypatch, capsys
     assert len(wrong(doctor.touches())) == 1
     assert doctor.run() == 1
     assert "PROBLEM  vllm.engine.arg_utils:EngineArgs.no_such is gone" in capsys.readouterr().out
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """vLLM's platform names another type of device."""
+    return partial(monkeypatch.setattr, current_platform, "device_type")
+
+
+def test_operators_are_those_of_the_device_that_vllm_names(on, monkeypatch):
+    (on_cpu,) = doctor.operators()
+    assert on_cpu.ok and "CPU" in on_cpu.text
+    on("cuda")
+    monkeypatch.setitem(sys.modules, "gkv_vllm.ops.cuda", None)  # as if it could not be imported
+    (triton,) = doctor.operators()
+    assert triton.ok
+    assert triton.text.startswith("operators on cuda: triton; CUDA C++ was not built")
+
+
+@pytest.mark.parametrize(
+    ("faster", "says"),
+    [
+        ([], "triton; CUDA C++ was built, but no measurement says that it is faster"),
+        (["compact"], "triton, and CUDA C++ (sm_90a) for compact"),
+    ],
+)
+def test_operators_on_a_gpu_are_those_that_were_measured(faster, says, on, monkeypatch):
+    on("cuda")
+    library = types.SimpleNamespace(architectures=lambda: "sm_90a")
+    for name, module in (("_cuda", library), ("cuda", None)):
+        monkeypatch.setitem(sys.modules, f"gkv_vllm.ops.{name}", module)
+        monkeypatch.setattr(ops, name, module, raising=False)
+    del sys.modules["gkv_vllm.ops.cuda"]  # imported anew, and gone with the test
+    cuda = importlib.import_module("gkv_vllm.ops.cuda")
+    monkeypatch.setattr(cuda, "measured_choice", lambda: faster)
+    assert [finding.text for finding in doctor.operators()] == [f"operators on cuda: {says}"]
+
+
+def test_a_gpu_without_triton_is_a_problem(on, monkeypatch):
+    on("cuda")
+    monkeypatch.setitem(sys.modules, "gkv_vllm.ops.triton", None)
+    (text,) = wrong(doctor.operators())
+    assert "none, since Triton is not there" in text
+
+
+def test_a_device_without_operators_is_a_problem(on):
+    on("xpu")
+    assert wrong(doctor.operators()) == ["vLLM runs on xpu here; a KV policy needs cpu or cuda"]
 
 
 def test_a_policy_that_does_not_load_is_a_problem(monkeypatch):

@@ -310,11 +310,26 @@ def _interpreted() -> PagedOps:
     return TritonOps(CPULayout())
 
 
-def describe() -> str:
-    """Which operators `impl=auto` runs here, and why not faster ones."""
+def describe(device: str = "cpu") -> str:
+    """Which operators `impl=auto` runs on this type of device, and why not faster ones.
+
+    ImportError on a GPU without Triton, where nothing would run."""
+    if device != "cpu":
+        return f"operators on {device}: {resolve('auto', device).name}{_unused()}"
     try:
         return f"operators: C++ for CPU ({resolve('cpu').name}), torch {torch.__version__}"
     except ValueError as error:
         return (
             f"operators: the torch reference, right but several times slower per eviction: {error}"
         )
+
+
+def _unused() -> str:
+    """Why CUDA C++ has no part in what `impl=auto` runs on a GPU; empty if it has."""
+    try:
+        from gkv_vllm.ops.cuda import measured_choice
+    except ImportError:
+        return "; CUDA C++ was not built (GKV_BUILD_CUDA=1 builds it where nvcc is found)"
+    if measured_choice():
+        return ""
+    return "; CUDA C++ was built, but no measurement says that it is faster"
