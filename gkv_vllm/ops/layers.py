@@ -36,6 +36,10 @@ class LayerCaches:
     planes: tuple[Tensor, ...] | None = None
     """Each [num_blocks, kv_heads, block_size] float32: one number per cached token. Layers that
     share a cache share its plane."""
+    first_head: int = 0
+    """Which of the model's KV heads is the first here; with tensor parallelism a rank has some."""
+    model_heads: int | None = None
+    """How many KV heads the model has; None where all are here."""
 
     @property
     def num_layers(self) -> int:

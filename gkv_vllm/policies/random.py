@@ -26,7 +26,8 @@ class Random(Policy):
 
     Every layer and KV head draws for itself, unless they share a kept set. The draw depends on the
     seed, the request and the number of its evictions, and on nothing else: the same request loses
-    the same tokens in whatever company it runs."""
+    the same tokens in whatever company it runs, and over however many tensor-parallel ranks: each
+    draws for all heads of the model, and takes what its own got."""
 
     needs: ClassVar[Needs] = Needs(seeded=True)
 
@@ -36,5 +37,7 @@ class Random(Policy):
         draw = torch.Generator().manual_seed(
             zlib.crc32(f"{self.seed}:{view.key}:{view.event}".encode())
         )
-        shape = (view.num_layers, view.kv_heads, view.num_units)
-        return torch.rand(shape, generator=draw).to(view.device)
+        caches = view.ops.caches
+        shape = (view.num_layers, caches.model_heads or view.kv_heads, view.num_units)
+        of_model = torch.rand(shape, generator=draw)
+        return of_model.narrow(1, caches.first_head, view.kv_heads).to(view.device)

@@ -15,9 +15,17 @@ from torch import Tensor
 class Ranks:
     """The ranks that hold the heads of one layer. Without a group there is only this one."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, kv_heads: int | None = None) -> None:
+        """kv_heads: how many the model has; where there are more ranks, some have the same."""
         self.group = group
+        self.kv_heads = kv_heads
         self.size = dist.get_world_size(group) if group is not None else 1
+        self.rank = dist.get_rank(group) if group is not None else 0
+
+    @property
+    def first_head(self) -> int:
+        """Which of the model's KV heads is the first of this rank."""
+        return self.rank * (self.kv_heads or 0) // self.size
 
     def agree(self, scores: Sequence[Tensor], by: Literal["mean", "max"]) -> list[Tensor]:
         """These scores over all ranks, `mean` or `max`: one all-reduce for all of them.

@@ -62,12 +62,18 @@ class Scorer:
         self.policy = policy
         self.layers = layers
         planes = tuple(layer.plane for layer in layers if layer.plane is not None)
+        self.ranks = ranks or Ranks()
         self.ops: LayerOps = ops.bind(
-            LayerCaches(tuple(x.kv_cache for x in layers), ops.layout, planes or None)
+            LayerCaches(
+                tuple(layer.kv_cache for layer in layers),
+                ops.layout,
+                planes or None,
+                first_head=self.ranks.first_head,
+                model_heads=self.ranks.kv_heads,
+            )
         )
         self.rings = rings
         self.ring_index = ring_index
-        self.ranks = ranks or Ranks()
         self.together = together
         self.device = layers[0].kv_cache.device
         self.kv_groups = sorted({layer.kv_group for layer in layers})

@@ -250,7 +250,10 @@ class EvictionWorkerMixin(Worker):
         if self.parallel_config.tensor_parallel_size == 1:
             return Ranks()
         group = get_tp_group()
-        return Ranks(group.device_group if self.on_gpu else group.cpu_group)
+        return Ranks(
+            group.device_group if self.on_gpu else group.cpu_group,
+            self.model_config.get_total_num_kv_heads(),
+        )
 
     def _planes(
         self, kv_cache_config: KVCacheConfig, layers: Iterable[str], block_size: int

@@ -135,6 +135,32 @@ def test_every_layer_and_head_draws_for_itself() -> None:
     assert len(rows.unique()) == rows.numel()
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_ranks_draw_what_one_rank_draws(heads: int) -> None:
+    """The heads of a model of six, dealt out."""
+
+    def of_rank(first: int) -> View:
+        view = a_view()
+        view.ops.caches = replace(
+            view.ops.caches,
+            kv_caches=tuple(x[:, :heads] for x in view.ops.caches.kv_caches),
+            first_head=first,
+            model_heads=6,
+        )
+        return view
+
+    ranks = [Random().score(of_rank(first)) for first in range(0, 6, heads)]
+    assert all(scores.shape[1] == heads for scores in ranks)
+    together = torch.cat(ranks, 1)
+    assert len(together.unique()) == together.numel()
+    assert torch.equal(together[:, 3:4], Random().score(of_rank(3))[:, :1])
+    view = a_view()
+    view.ops.caches = replace(
+        view.ops.caches, kv_caches=tuple(x.repeat(1, 3, 1, 1) for x in view.ops.caches.kv_caches)
+    )
+    assert torch.equal(together, Random().score(view))
+
+
 @pytest.mark.parametrize("scope", ["head", "layer", "all"])
 def test_random_keeps_every_unit_equally_often(scope: str) -> None:
     """In every layer and head, and where they share a kept set."""

@@ -58,6 +58,18 @@ def test_ranks_agree_on_what_one_rank_with_all_heads_finds(
         torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize(
+    ("size", "heads", "first"),
+    [(1, 8, [0]), (2, 8, [0, 4]), (4, 4, [0, 1, 2, 3]), (4, 2, [0, 0, 1, 1])],
+)
+def test_each_rank_knows_its_heads_of_the_model(size: int, heads: int, first: list[int]) -> None:
+    """As vLLM deals them out: copies of a head lie on neighbouring ranks."""
+    ranks = [Ranks(kv_heads=heads) for _ in range(size)]
+    for place, ranks_ in enumerate(ranks):
+        ranks_.rank, ranks_.size = place, size
+    assert [x.first_head for x in ranks] == first
+
+
 def test_one_rank_has_nobody_to_agree_with() -> None:
     (found,) = Ranks().agree([mine := torch.rand(3)], "mean")
     assert found is mine
