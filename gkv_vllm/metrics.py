@@ -215,7 +215,7 @@ class EvictionMetrics:
         self.seconds = collector(
             prometheus.Histogram,
             "gkv:eviction_seconds",
-            "Seconds of scoring and planning per eviction.",
+            "Seconds of scoring and moving tokens per eviction; on a GPU those of the device.",
             buckets=SECONDS_BUCKETS,
         )
         self.policy_info = collector(

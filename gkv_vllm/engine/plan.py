@@ -94,9 +94,10 @@ class WorkerReport:
 
     From a GPU they are NumPy arrays, whose numbers arrive together with the step's tokens."""
     events: int
-    """Requests that were scored in this step, or scored and compacted."""
+    """Requests that were scored, or scored and compacted, and whose time is known: from a GPU it
+    is a few steps later."""
     seconds: float
-    """Time that this took."""
+    """Time that these took."""
     kept: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     """Of recorded compactions, by number: the places among the candidates that stayed, and the
     scores that decided, [layers or 1, kv_heads or 1, tokens] each. Arrays as in `scores`."""

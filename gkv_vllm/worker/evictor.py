@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -18,6 +17,7 @@ from gkv_vllm.worker.mass import MassIndex
 from gkv_vllm.worker.rings import RingIndex
 from gkv_vllm.worker.runner import RunnerAdapter
 from gkv_vllm.worker.scorer import BlockTable, Scorer
+from gkv_vllm.worker.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,9 @@ class Evictor:
         *,
         ring_index: RingIndex | None = None,
         mass_index: MassIndex | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
+        """stopwatch: by the host's clock unless it is given."""
         self.runner = runner
         self.scorer = scorer
         self.layer_group_of = layer_group_of
@@ -47,8 +49,7 @@ class Evictor:
         self.plan: StepPlan | None = None
         self.in_step = False
         """Whether a batch is a step of the engine, and not one that warms up or is captured."""
-        self._events = 0
-        self._seconds = 0.0
+        self.stopwatch = stopwatch or Stopwatch()
 
     def begin(self, plan: StepPlan | None, gone: Iterable[str] = ()) -> None:
         """Before the runner builds its inputs, and before it writes or zeroes any block.
@@ -126,28 +127,19 @@ class Evictor:
         observed = plan.observe if plan else {}
         due = [(seen.selection, self._table(id_)) for id_, seen in observed.items()]
         found = self._timed(len(due), partial(self.scorer.block_scores, due))
-        if not self._events:
-            return None
         scores = {
             id_: (seen.epoch, to_host(of_request))
             for (id_, seen), of_request in zip(observed.items(), found or (), strict=True)
         }
-        report = WorkerReport(scores, self._events, self._seconds, self.scorer.kept)
-        self._events, self._seconds, self.scorer.kept = 0, 0.0, {}
-        return report
+        kept, self.scorer.kept = self.scorer.kept, {}
+        events, seconds = self.stopwatch.take()
+        return WorkerReport(scores, events, seconds, kept) if scores or events or kept else None
 
     def _table(self, request_id: str) -> BlockTable:
         return partial(self.runner.row, request_id)
 
     def _timed(self, events: int, work: Callable[[], T]) -> T | None:
-        """Time of the host; on a GPU that is what the launches take."""
-        if not events:
-            return None
-        started = time.perf_counter()
-        result = work()
-        self._events += events
-        self._seconds += time.perf_counter() - started
-        return result
+        return self.stopwatch.time(events, work) if events else None
 
     def _clear_indices(self) -> None:
         if self.ring_index is not None:

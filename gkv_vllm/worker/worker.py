@@ -33,6 +33,7 @@ from gkv_vllm.worker.runner import RunnerAdapter, watch_builders
 from gkv_vllm.worker.runner_v1 import V1Runner
 from gkv_vllm.worker.runner_v2 import V2Runner
 from gkv_vllm.worker.scorer import Scorer, history_bytes, plane_bytes, ring_bytes
+from gkv_vllm.worker.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -215,7 +216,12 @@ class EvictionWorkerMixin(Worker):
         adapter = V2Runner if self.use_v2_model_runner else V1Runner
         runner: RunnerAdapter = adapter(self.model_runner)
         evictor = Evictor(
-            runner, scorer, layer_group_of, ring_index=ring_index, mass_index=mass_index
+            runner,
+            scorer,
+            layer_group_of,
+            ring_index=ring_index,
+            mass_index=mass_index,
+            stopwatch=self._stopwatch(),
         )
         first, *_ = layer_group_of
 
@@ -235,6 +241,11 @@ class EvictionWorkerMixin(Worker):
 
         watch_builders(self.model_runner, prepare, list(layer_group_of))
         return evictor
+
+    def _stopwatch(self) -> Stopwatch:
+        if self.device.type != "cuda":
+            return Stopwatch()
+        return Stopwatch(partial(torch.cuda.Event, enable_timing=True))
 
     @property
     def on_gpu(self) -> bool:

@@ -22,6 +22,9 @@ from gkv_vllm.ops.paged import ReferenceOps
 from gkv_vllm.worker.evictor import Evictor
 from gkv_vllm.worker.mass import MassIndex
 from gkv_vllm.worker.rings import QueryRings, RingIndex
+from gkv_vllm.worker.stopwatch import Stopwatch
+
+from .test_stopwatch import Stream
 
 CPU = torch.device("cpu")
 SCORES = [[0.5, 0.0, 1.0]]
@@ -237,6 +240,23 @@ def test_what_a_recorded_compaction_kept_is_reported_once(step: Step) -> None:
     again = step.evictor.finish()
     assert again is not None
     assert again.kept == {}
+
+
+def test_time_that_is_known_later_is_reported_later(step: Step) -> None:
+    """As on a GPU: scores leave with their step, and nobody waits for the time they took."""
+    stream = Stream()
+    step.evictor.stopwatch = Stopwatch(stream.new_event)
+    step.evictor.begin(FULL_PLAN)
+    step.forward()
+    report = step.evictor.finish()
+    assert report is not None
+    assert list(report.scores) == ["b"]
+    assert (report.events, report.seconds) == (0, 0.0)
+    assert step.evictor.finish() is None
+    stream.run(4)
+    report = step.evictor.finish()
+    assert report is not None
+    assert (report.scores, report.events) == ({}, 2)
 
 
 def test_drops_alone_report_nothing(step: Step) -> None:
