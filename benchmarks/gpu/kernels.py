@@ -37,7 +37,7 @@ Combination = tuple[int, int]
 
 def combinations(quick: bool) -> list[Combination]:
     if quick:
-        return [(1, 96), (2, 64)]
+        return [(1, 96), (2, 64), (1, 64)]
     return [(n, live) for live in LIVE_TOKENS for n in REQUESTS]
 
 
@@ -82,12 +82,9 @@ class Bench:
         assert case.oracle is not None
         try:
             took = round(self.clock.on_device(case.oracle), 2)
-            expected = case.oracle() if case.compared else None
+            apart = largest_difference(case)
         except torch.OutOfMemoryError:
             return {"oracle_microseconds": "out of memory"}
-        if expected is None:
-            return {"oracle_microseconds": took}
-        apart = largest_difference(case.run(), expected)
         return {"oracle_microseconds": took, "largest_difference": apart}
 
     def all_rows(self, pool: Pool, todo: list[Combination]) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ Import it after `common.use`: Triton's decorators read then whether they interpr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,6 +35,30 @@ FLOAT, KEY, PLACE, ID = 4, 2, 8, 4
 
 
 @dataclass(frozen=True)
+class Written:
+    """What an operator writes, where it returns nothing."""
+
+    tensors: Sequence[Tensor]
+    blocks: Tensor | None = None
+    """int64 ids: only these blocks of each tensor, which as a whole fill the device's memory."""
+
+    def after(self, call: Callable[[], Any]) -> list[Tensor]:
+        """What a call leaves behind, which is then undone."""
+        before = self._read()
+        call()
+        found = self._read()
+        for x, content in zip(self.tensors, before, strict=True):
+            if self.blocks is None:
+                x.copy_(content)
+            else:
+                x[self.blocks] = content
+        return found
+
+    def _read(self) -> list[Tensor]:
+        return [x.clone() if self.blocks is None else x[self.blocks] for x in self.tensors]
+
+
+@dataclass(frozen=True)
 class Case:
     """One operator by one implementation, on all requests of a batch."""
 
@@ -45,8 +69,8 @@ class Case:
     """Bytes that have to be read and written at least, by whatever computes this."""
     oracle: Callable[[], Any] | None = None
     """The first request alone, in torch on the same device."""
-    compared: bool = True
-    """Whether `run` and `oracle` return the same numbers, the first request's first."""
+    written: Written | None = None
+    """Where to find the numbers of both; None: they return them, the first request's first."""
 
 
 def implementations() -> dict[str, PagedOps]:
@@ -112,6 +136,9 @@ class Scoring:
         window = self.heads * model.query_heads // model.kv_heads * model.window * model.head_dim
         queries = window * KEY
         view = batch.view(0, self.oracle, history=self.past())
+        # What other requests left in the planes is no past of these.
+        for plane in batch.pool.caches.planes or ():
+            plane.zero_()
         yield Case(
             "score_tokens",
             "triton",
@@ -228,7 +255,9 @@ def moving(batch: Batch, impls: dict[str, PagedOps]) -> Iterator[Case]:
     stays = torch.arange(keep.shape[-1], device=keep.device)
     moved = int((keep != stays).sum()) * batch.requests
     traffic = 2 * moved * (2 * model.head_dim * KEY + FLOAT) + batch.requests * keep.numel() * PLACE
-    oracle = ReferenceOps(GPULayout()).bind(batch.pool.caches)
+    caches = batch.pool.caches
+    assert caches.planes is not None
+    oracle = ReferenceOps(GPULayout()).bind(caches)
 
     def compact(ops: LayerOps) -> None:
         for request in range(batch.requests):
@@ -238,10 +267,10 @@ def moving(batch: Batch, impls: dict[str, PagedOps]) -> Iterator[Case]:
         yield Case(
             "compact",
             impl,
-            partial(compact, ops.bind(batch.pool.caches)),
+            partial(compact, ops.bind(caches)),
             traffic,
             partial(batch.move, oracle, 0, keep),
-            compared=False,
+            Written((*caches.kv_caches, *caches.planes), batch.block_ids(0)[0]),
         )
 
 
@@ -311,7 +340,7 @@ def stepping(pool: Pool, rows: int, live_tokens: int, impls: dict[str, PagedOps]
             partial(ops.prepare_step, *step),
             rows * (4 * blocks + 4) * ID,
             partial(oracle.prepare_step, *step),
-            compared=False,
+            Written((live, live_lens, places)),
         )
         yield Case(
             "store_window_queries",
@@ -319,7 +348,7 @@ def stepping(pool: Pool, rows: int, live_tokens: int, impls: dict[str, PagedOps]
             partial(store, ops),
             2 * model.layers * queries.numel() * KEY,
             partial(store, oracle),
-            compared=False,
+            Written((ring,)),
         )
     # After `prepare_step`, whose live tables it reads; csrc/cuda has none of its own.
     yield Case(
@@ -328,7 +357,7 @@ def stepping(pool: Pool, rows: int, live_tokens: int, impls: dict[str, PagedOps]
         partial(accumulate, impls["triton"]),
         keys * (model.head_dim * KEY + 2 * FLOAT),
         partial(accumulate, oracle),
-        compared=False,
+        Written((plane,)),
     )
 
 
@@ -340,9 +369,17 @@ def all_cases(batch: Batch, impls: dict[str, PagedOps]) -> Iterator[Case]:
     yield from events(batch, impls)
 
 
-def largest_difference(found: Any, expected: Tensor) -> float:
-    """Between the first request's numbers and the oracle's."""
-    return float((found[0].float() - expected.float()).abs().max())
+def largest_difference(case: Case) -> float:
+    """Between the first request's numbers and the oracle's, from the same start."""
+    assert case.oracle is not None
+    if case.written is None:
+        found, expected = [case.run()[0]], [case.oracle()]
+    else:
+        found, expected = case.written.after(case.run), case.written.after(case.oracle)
+    return max(
+        float((ours.float() - theirs.float()).abs().max())
+        for ours, theirs in zip(found, expected, strict=True)
+    )
 
 
 def shape_of(model: Model) -> dict[str, int]:
