@@ -11,6 +11,11 @@ PAD, END = "<pad>", "<end>"
 TASK_WORDS = ("ledger", "once", "trace", "copyback", "prose")
 MARKS = (";", "|", ".", "code", "recall", "span", "copy", "the", "at")
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 NAMES = tuple(string.ascii_lowercase)
 DIGITS = tuple(string.digits)
 SETS = tuple(f"{name}=" for name in NAMES)
@@ -20,113 +25,25 @@ SYMBOLS = tuple(f"{row}{column}" for row in "ABCDEFGHIJKL" for column in range(8
 OWNERS = tuple("#" + greek for greek in ("alpha", "beta", "gamma", "delta"))
 HOURS = tuple(f"{hour:02d}h" for hour in range(24))
 MINUTES = tuple(f":{minute:02d}" for minute in range(60))
-PEOPLE = [
-    "Ada",
-    "Ben",
-    "Cleo",
-    "Dan",
-    "Eve",
-    "Finn",
-    "Gus",
-    "Hana",
-    "Ivo",
-    "Jane",
-    "Karl",
-    "Lena",
-    "Mia",
-    "Noah",
-    "Olga",
-    "Paul",
-    "Quinn",
-    "Rosa",
-    "Sam",
-    "Tara",
-    "Uma",
-    "Vera",
-    "Will",
-    "Xena",
-    "Yves",
-    "Zoe",
-    "Amir",
-    "Bea",
-    "Cem",
-    "Dora",
-    "Emil",
-    "Faye",
-]
-THINGS = [
-    "lamp",
-    "book",
-    "coin",
-    "drum",
-    "flute",
-    "glove",
-    "hat",
-    "kite",
-    "lens",
-    "map",
-    "net",
-    "oar",
-    "pen",
-    "quilt",
-    "rope",
-    "saw",
-    "tent",
-    "urn",
-    "vase",
-    "wheel",
-    "axe",
-    "bell",
-    "cup",
-    "dice",
-    "fan",
-    "gem",
-    "harp",
-    "ink",
-    "jar",
-    "key",
-    "lute",
-    "mask",
-]
-PLACES = [
-    "attic",
-    "barn",
-    "cafe",
-    "dock",
-    "estate",
-    "farm",
-    "garden",
-    "hall",
-    "inn",
-    "jetty",
-    "kiln",
-    "library",
-    "mill",
-    "nursery",
-    "office",
-    "park",
-    "quarry",
-    "river",
-    "school",
-    "tower",
-    "valley",
-    "wharf",
-    "yard",
-    "zoo",
-    "bridge",
-    "cellar",
-    "depot",
-    "ferry",
-    "gate",
-    "harbour",
-    "island",
-    "lane",
-]
-VERBS = ["finds", "hides", "sells", "paints", "cleans", "drops", "lifts", "moves"]
+PEOPLE = _words(
+    "Ada Ben Cleo Dan Eve Finn Gus Hana Ivo Jane Karl Lena Mia Noah Olga Paul Quinn Rosa "
+    "Sam Tara Uma Vera Will Xena Yves Zoe Amir Bea Cem Dora Emil Faye"
+)
+OF_PEOPLE = tuple(f"{person}'s" for person in PEOPLE)
+THINGS = _words(
+    "lamp book coin drum flute glove hat kite lens map net oar pen quilt rope saw tent "
+    "urn vase wheel axe bell cup dice fan gem harp ink jar key lute mask"
+)
+PLACES = _words(
+    "attic barn cafe dock estate farm garden hall inn jetty kiln library mill nursery "
+    "office park quarry river school tower valley wharf yard zoo bridge cellar depot "
+    "ferry gate harbour island lane"
+)
+VERBS = _words("falls hums rolls shakes shines turns waits wobbles")
 
 WORDS: tuple[str, ...] = (
     PAD, END, *TASK_WORDS, *MARKS, *NAMES, *DIGITS, *SETS, *ASKS, *LINES, *SYMBOLS, *OWNERS,
-    *HOURS, *MINUTES, *PEOPLE, *THINGS, *PLACES, *VERBS,
+    *HOURS, *MINUTES, *OF_PEOPLE, *THINGS, *PLACES, *VERBS,
 )  # fmt: skip
 IDS = {word: number for number, word in enumerate(WORDS)}
 SIZE = -(-len(WORDS) // 64) * 64

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""Plans: what they list, and what they refuse before a server starts."""
+
+import dataclasses
+import json
+
+import pytest
+
+from gkv_vllm.config import ConfigError, KVPolicyConfig
+from gkv_vllm.eval.plan import Plan
+
+PLAN = {
+    "model": "m",
+    "servers": {"gkv": {"policy": "gkv"}, "blocks": {"policy": "gkv", "granularity": "block",
+                                                     "exams": ["trace"], "block_size": 64}},
+    "exams": ("ledger", "trace"),
+    "budgets": (128, 256),
+    "protect": ("none", "prompt"),
+}  # fmt: skip
+
+
+def test_full_cache_runs_once_and_every_combination_once():
+    cells = [cell.name for server in Plan(**PLAN).server_plans() for cell in server.cells]
+    assert len(cells) == len(set(cells)) == 2 + 8 + 4
+    assert "ledger__full" in cells and "trace__blocks__b256__prompt" in cells
+    assert "ledger__blocks__b256__prompt" not in cells
+
+
+def test_a_server_takes_all_budgets_of_its_cells():
+    plan = Plan(**PLAN)
+    for server in plan.server_plans():
+        arguments = server.arguments(plan)
+        settings = json.loads(arguments[arguments.index("--additional-config") + 1])["kv_policy"]
+        config = KVPolicyConfig.from_mapping(settings)
+        config.check_block_size(server.block_size)
+        for cell in server.cells:
+            config.for_request(cell.xargs, server.block_size)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"exams": ("legder",)}, "did you mean 'ledger'"),
+        ({"servers": {"x": {"polcy": "gkv"}}}, "did you mean 'policy'"),
+        ({"servers": {"x": {"policy": "gkv", "window": 500}}}, "window=500 is larger"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused(change, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        Plan(**{**PLAN, **change})
+
+
+def test_a_plan_is_read_from_yaml(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text("model: m\nexams: [ledger]\nbudgets: [64]\nservers: {a: {policy: random}}\n")
+    assert Plan.read(path).budgets == (64,)
+    path.write_text("model: m\nexam: [ledger]\n")
+    with pytest.raises(ConfigError, match="did you mean 'exams'"):
+        Plan.read(path)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.name for p in __import__("pathlib").Path("configs/eval").glob("*.yaml"))
+)
+def test_the_plans_of_the_repository_are_valid(name):
+    from pathlib import Path
+
+    plan = Plan.read(Path("configs/eval") / name)
+    assert dataclasses.asdict(plan)["samples"] > 0

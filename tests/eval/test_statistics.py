@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""The statistics against cases whose answers are known."""
+
+import numpy as np
+import pytest
+
+from gkv_vllm.eval.statistics import compare, per_text, share
+
+
+def test_equal_lists_differ_by_nothing():
+    found = compare([0.5, 1.0, 0.0], [0.5, 1.0, 0.0])
+    assert (found.difference, found.wins, found.ties, found.losses) == (0.0, 0, 3, 0)
+    assert found.p_value == 1.0 and not found.significant
+
+
+def test_the_p_value_is_that_of_all_sign_flips():
+    # Ten pairs, all better: of 2^10 sign patterns only two are as extreme.
+    found = compare([1.0] * 10, [0.0] * 10)
+    assert found.p_value == pytest.approx(2 / 1024, abs=1.5e-3)
+    assert found.significant and (found.low, found.high) == (1.0, 1.0)
+
+
+def test_two_wins_alone_prove_nothing():
+    assert not compare([1.0, 1.0, 0.5], [0.0, 0.0, 0.5]).significant
+
+
+def test_pairing_takes_out_what_prompts_have_in_common():
+    rng = np.random.default_rng(1)
+    hard = rng.normal(0, 1, 64)
+    found = compare(hard + 0.1 + rng.normal(0, 0.02, 64), hard)
+    assert found.significant and found.low > 0.05
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    covered = 0
+    for trial in range(100):
+        sample = rng.binomial(10, 0.7, 40)
+        found = share(sample, [10] * 40, seed=trial)
+        covered += found.low <= 0.7 <= found.high
+    assert covered >= 86
+
+
+def test_a_share_pools_answers():
+    assert share([1, 9], [2, 18]).value == 0.5
+    assert np.isnan(share([0], [0]).value)
+
+
+def test_lists_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match="equal lists"):
+        compare([1.0], [1.0, 2.0])
+
+
+def test_a_text_without_answers_has_none_right():
+    assert per_text([{"seed": 3, "right": 0, "answers": 0}]) == {3: 0.0}
