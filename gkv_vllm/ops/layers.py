@@ -128,6 +128,9 @@ class LayerOps(Protocol):
     def keys(self, block_ids: Tensor, live_tokens: int) -> Tensor:
         """A dense copy of the live keys: [layers, kv_heads, live_tokens, head_dim]."""
 
+    def values(self, block_ids: Tensor, live_tokens: int) -> Tensor:
+        """A dense copy of the live values: [layers, kv_heads, live_tokens, head_dim]."""
+
     def block_max(self, scores: Tensor, block_size: int) -> Tensor:
         """`reference.block_max`: [..., blocks * block_size] to [..., blocks]."""
 
@@ -198,7 +201,14 @@ class EachLayer:
         return self._each(lambda i, cache: self.ops.key_norms(cache, block_ids[i], live_tokens))
 
     def keys(self, block_ids: Tensor, live_tokens: int) -> Tensor:
-        view = self.caches.layout.keys
+        return self._dense(self.caches.layout.keys, block_ids, live_tokens)
+
+    def values(self, block_ids: Tensor, live_tokens: int) -> Tensor:
+        return self._dense(self.caches.layout.values, block_ids, live_tokens)
+
+    def _dense(
+        self, view: Callable[[Tensor], Tensor], block_ids: Tensor, live_tokens: int
+    ) -> Tensor:
         return self._each(
             lambda i, cache: layouts.gather(view(cache), block_ids[i])[:, :live_tokens]
         )

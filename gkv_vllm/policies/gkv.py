@@ -12,6 +12,7 @@ import torch
 
 from gkv_vllm.ops import reference as ops
 from gkv_vllm.policies.base import GlobalScore, Needs, Policy
+from gkv_vllm.policies.random import draw
 from gkv_vllm.policies.registry import register_policy
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from gkv_vllm.policies.view import View
 
+RANDOM_SEED = 0
+DRAWN = 1e6
+"""Added to the score of a unit that a draw keeps: more than any score or sum of scores."""
 FIRST_POOL = 5
 """Zipage pools the scores of a request's first eviction over so many tokens."""
 
@@ -60,9 +64,14 @@ class GKV(Policy):
     max-pooled over 5 tokens in Z, but not in the history. (There, tokens of the window have scores
     as well; here none before they are older than a window.) `score_weight`, `temperature` and
     `redundancy` follow the variant unless given. `combine_by` is how layers and heads agree where
-    they share a kept set."""
+    they share a kept set.
 
-    needs: ClassVar[Needs] = Needs(queries=True, history=True)
+    Two options of ours. `value_power` p weighs F by (||v|| / mean ||v||)^p before Z: what a token
+    adds to the output is its attention times its value. `random_share` gives that share of what is
+    kept to a draw, the same for all layers and heads, as arXiv 2609.03430 finds that scores lose
+    by forgetting the same things everywhere."""
+
+    needs: ClassVar[Needs] = Needs(queries=True, history=True, seeded=True)
 
     variant: Literal["paper", "zipage"] = "paper"
     alpha: float = 0.8
@@ -71,13 +80,17 @@ class GKV(Policy):
     temperature: float | None = None
     redundancy: Literal["exact", "block", "none"] | None = None
     combine_by: Literal["mean", "max", "rank"] = "mean"
+    value_power: float = 0.0
+    random_share: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("alpha", "score_weight"):
+        for name in ("alpha", "score_weight", "random_share"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        if not 0 <= self.value_power < math.inf:
+            raise ValueError(f"value_power must be 0 or more and finite, got {self.value_power}")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
 
@@ -95,10 +108,23 @@ class GKV(Policy):
         return self.alpha * torch.where(is_new, present, past) + (1 - self.alpha) * present
 
     def score(self, view: View) -> Tensor:
+        scores = self._scores(view)
+        count = round(self.random_share * view.keep)
+        if not count:
+            return scores
+        drawn = draw(view, RANDOM_SEED, (view.num_units,)).topk(min(count, view.num_units))
+        bonus = torch.zeros(view.num_units).index_fill(0, drawn.indices, DRAWN)
+        return scores + bonus.to(scores.device)  # a new tensor: these may be the history itself
+
+    def _scores(self, view: View) -> Tensor:
         variant = VARIANTS[self.variant]
         weight = variant.score_weight if self.score_weight is None else self.score_weight
         kind = self.redundancy or variant.redundancy
         importance = self._importance(view)
+        if self.value_power:
+            norms = view.value_norms()
+            weights = (norms / norms.mean(-1, keepdim=True)) ** self.value_power
+            importance = ops.normalise(importance * view.units(weights))
         if kind == "none" or weight == 1.0:
             return importance
         temperature = variant.temperature if self.temperature is None else self.temperature
@@ -109,6 +135,8 @@ class GKV(Policy):
 
     def global_score(self) -> GlobalScore | None:
         variant = VARIANTS[self.variant]
+        if self.value_power or self.random_share:
+            return None
         if self.history != "max" or not variant.normalised or variant.pools_first:
             return None
         return GlobalScore(

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from gkv_vllm.policies.view import View
 
 
+def draw(view: View, seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Uniform numbers on the CPU: the same for the same request, eviction and seed."""
+    key = zlib.crc32(f"{seed}:{view.key}:{view.event}".encode())
+    return torch.rand(shape, generator=torch.Generator().manual_seed(key))
+
+
 @register_policy("random")
 @dataclass(frozen=True)
 class Random(Policy):
@@ -34,10 +40,7 @@ class Random(Policy):
     seed: int = 0
 
     def score(self, view: View) -> Tensor:
-        draw = torch.Generator().manual_seed(
-            zlib.crc32(f"{self.seed}:{view.key}:{view.event}".encode())
-        )
         caches = view.ops.caches
         shape = (view.num_layers, caches.model_heads or view.kv_heads, view.num_units)
-        of_model = torch.rand(shape, generator=draw)
+        of_model = draw(view, self.seed, shape)
         return of_model.narrow(1, caches.first_head, view.kv_heads).to(view.device)

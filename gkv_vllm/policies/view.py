@@ -103,6 +103,11 @@ class View:
         """The L2 norm of each key."""
         return self._older(self.ops.key_norms(self.block_ids, self.live_tokens))
 
+    def value_norms(self) -> Tensor:
+        """The L2 norm of each value; from a dense copy, slow but plain."""
+        values = self.ops.values(self.block_ids, self.live_tokens)
+        return self._older(values.float().norm(dim=-1))
+
     def attention_mass(self) -> Tensor:
         """The attention that each unprotected token got from all queries of its group so far.
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""The options of gkv that the paper lacks: values in the score, and a share that is drawn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gkv_vllm.policies.gkv import GKV
+
+from .test_identities import EPS, at_eviction, granularities, implementations, models
+
+
+@models
+@granularities
+@pytest.mark.parametrize("redundancy", ["exact", "none"])
+def test_a_share_is_drawn_and_the_rest_is_the_best_of_what_is_left(model, moves_tokens, redundancy):
+    view, plain = at_eviction(GKV(redundancy=redundancy), model, moves_tokens)
+    _, mixed = at_eviction(GKV(redundancy=redundancy, random_share=0.5), model, moves_tokens)
+    drawn = mixed > plain + 1
+    assert (drawn == drawn[:1, :1]).all()  # the same for all layers and heads
+    assert (drawn.sum(-1) == round(0.5 * view.keep)).all()
+    assert torch.equal(mixed[~drawn], plain[~drawn])
+
+
+@models
+def test_the_draw_is_new_at_each_eviction(model):
+    shown = []
+    for event in (0, 1):
+        _, plain = at_eviction(GKV(), model, event=event)
+        _, mixed = at_eviction(GKV(random_share=0.5), model, event=event)
+        shown.append((mixed > plain + 1)[0, 0])
+    first, second = shown
+    assert not torch.equal(first, second[: len(first)])
+
+
+@models
+def test_a_draw_stays_out_of_the_history(model):
+    """Or what was drawn once would never go."""
+    _, plain = at_eviction(GKV(redundancy="none"), model, event=1)
+    view, mixed = at_eviction(GKV(redundancy="none", random_share=0.9), model, event=1)
+    assert plain.max() <= 1 and view.history.max() <= 1
+
+
+@models
+@granularities
+@implementations
+def test_values_weigh_the_importance(model, moves_tokens, implementation):
+    view, plain = at_eviction(
+        GKV(score_weight=1.0), model, moves_tokens, implementation=implementation
+    )
+    _, weighed = at_eviction(
+        GKV(score_weight=1.0, value_power=2.0), model, moves_tokens, implementation=implementation
+    )
+    norms = view.ops.values(view.block_ids, view.live_tokens).norm(dim=-1)
+    norms = norms[..., : view.live_tokens - view.window]
+    units = norms[..., view.protected : view.protected + view.num_candidates]
+    units = units.unflatten(-1, (-1, view.unit)).amax(-1)
+    expected = plain * (units / norms.mean(-1, keepdim=True)) ** 2
+    expected = expected / expected.amax(-1, keepdim=True)
+    torch.testing.assert_close(weighed, expected, rtol=0, atol=32 * EPS)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"random_share": 1.5}, "random_share must lie between 0 and 1"),
+        ({"value_power": -1.0}, "value_power must be 0 or more"),
+    ],
+)
+def test_bad_options_are_refused(parameters, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        GKV(**parameters)
+
+
+def test_options_keep_off_the_path_that_knows_only_the_formula():
+    assert GKV().global_score() is not None
+    assert GKV(random_share=0.1).global_score() is None
+    assert GKV(value_power=1.0).global_score() is None
