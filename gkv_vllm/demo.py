@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""`make demo`: one real server, the same long completions without and with eviction, one table.
+"""`make demo`: one real server, the same questions without and with eviction, one table.
+
+The small reasoner of `models/` keeps a ledger: the prompt sets facts, the text overwrites them and
+asks for them again, and every answer can be checked.
 
 What it prints is measured through HTTP and `/metrics`; the speed of the engine alone is measured by
 `make bench-cpu`.
@@ -20,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gkv_vllm.eval.exams import EXAMS, Question
+from gkv_vllm.eval.tasks import Grade
 from gkv_vllm.serving import Metrics, Server, ServerFailed, serve
 
 if TYPE_CHECKING:
@@ -30,8 +35,9 @@ SAMPLE_SECONDS = 0.25
 SETTLE_SECONDS = 5.0
 # vLLM collects this many tokens into one event of a stream; fewer events leave the cores to it.
 STREAM_INTERVAL = 16
-PROMPT = "Question {number}: how many blocks does a thought need? Think step by step. Answer:"
+EXAM = EXAMS["ledger"]
 PROMPT_ROOM = 128
+EXCERPT_WORDS = 60
 
 Report = Callable[[float, float], None]
 """Told the tokens generated and the blocks in use, a few times a second."""
@@ -71,6 +77,8 @@ class Run:
     policy: str
     completion_tokens: list[int] = field(default_factory=list)
     """Of each request that finished because it reached its length."""
+    texts: list[str] = field(default_factory=list)
+    grades: list[Grade] = field(default_factory=list)
     seconds: float = 0.0
     blocks_in_use: list[float] = field(default_factory=list)
     blocks_per_request: list[float] = field(default_factory=list)
@@ -97,12 +105,22 @@ class Run:
         self.blocks_freed = grown("gkv:blocks_freed_total")
         self.preemptions = grown("vllm:num_preemptions_total")
 
+    @property
+    def right(self) -> int:
+        return sum(answer.right for grade in self.grades for answer in grade.answers)
+
+    @property
+    def answers(self) -> int:
+        return sum(len(grade.answers) for grade in self.grades)
+
     def summary(self) -> dict[str, Any]:
         tokens = sum(self.completion_tokens)
         return {
             "policy": self.policy,
             "requests_finished": len(self.completion_tokens),
             "tokens": tokens,
+            "facts_asked": self.answers,
+            "facts_right_percent": round(100 * self.right / self.answers, 1) if self.answers else 0,
             "requests_running_mean": round(mean(self.requests_running), 1),
             "blocks_in_use_peak": round(max(self.blocks_in_use, default=0)),
             "blocks_in_use_mean": round(mean(self.blocks_in_use), 1),
@@ -128,26 +146,41 @@ def usable_blocks(metrics: Metrics) -> int:
 # --- the requests --------------------------------------------------------------------------------
 
 
-Ask = Callable[[str, int, str], Awaitable[int]]
+Ask = Callable[[str, int, str], Awaitable[tuple[int, str]]]
 """`complete`, bound to a client and a model: prompt, tokens, policy."""
 
 
-async def complete(client: AsyncOpenAI, model: str, prompt: str, tokens: int, policy: str) -> int:
-    """Stream one completion to its end; how many tokens the server says it has."""
+def questions(settings: Settings) -> list[Question]:
+    """One ledger per request, the same ones for both policies."""
+    return [EXAM.question(seed, settings.tokens) for seed in range(settings.requests)]
+
+
+async def complete(
+    client: AsyncOpenAI, model: str, prompt: str, tokens: int, policy: str
+) -> tuple[int, str]:
+    """Stream one completion to its end; how many tokens the server says it has, and its text.
+
+    Without a seed of its own: stock vLLM on a CPU ends when a seeded prompt comes in chunks, as
+    that of a preempted request does."""
     stream = await client.completions.create(
         model=model,
         prompt=prompt,
         max_tokens=tokens,
-        temperature=0.0,
+        temperature=EXAM.sampling["temperature"],
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"ignore_eos": True, "vllm_xargs": {"kv_policy": policy}},
+        extra_body={
+            "ignore_eos": True,
+            "min_p": EXAM.sampling["min_p"],
+            "vllm_xargs": {"kv_policy": policy},
+        },
     )
-    completed = 0
+    completed, parts = 0, []
     async for event in stream:
+        parts += [choice.text for choice in event.choices]
         if event.usage is not None:
             completed = event.usage.completion_tokens
-    return completed
+    return completed, "".join(parts)
 
 
 async def watch(server: Server, run: Run, before: Metrics, report: Report) -> None:
@@ -164,13 +197,17 @@ async def measure(server: Server, ask: Ask, settings: Settings, policy: str, rep
     run, before, start = Run(policy), server.metrics(), time.perf_counter()
     watching = asyncio.create_task(watch(server, run, before, report))
     try:
-        run.completion_tokens = await asyncio.gather(
-            *(
-                ask(PROMPT.format(number=i), settings.tokens, policy)
-                for i in range(settings.requests)
-            )
+        asked = questions(settings)
+        completed = await asyncio.gather(
+            *(ask(question.text, settings.tokens, policy) for question in asked)
         )
         run.seconds = time.perf_counter() - start
+        run.completion_tokens = [tokens for tokens, _ in completed]
+        run.texts = [text for _, text in completed]
+        run.grades = [
+            EXAM.grade(question, text.split())
+            for question, text in zip(asked, run.texts, strict=True)
+        ]
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
@@ -248,6 +285,8 @@ ROWS = {
     "blocks_freed": "blocks freed while running",
     "evictions": "evictions",
     "preemptions": "preemptions",
+    "facts_asked": "facts asked for",
+    "facts_right_percent": "facts right, %",
     "seconds": "wall time, s",
     "tokens_per_second": "tokens per second",
 }
@@ -267,6 +306,29 @@ def show(console: Console, settings: Settings, runs: list[Run]) -> None:
     for key, label in ROWS.items():
         table.add_row(label, *(f"{summary[key]:,}" for summary in summaries))
     console.print(table)
+    show_excerpt(console, settings, runs[-1])
+
+
+def show_excerpt(console: Console, settings: Settings, run: Run) -> None:
+    """How one text ends, answers in colour, and how long ago the oldest of them was written."""
+    from rich.text import Text
+
+    question, text, grade = questions(settings)[0], run.texts[0].split(), run.grades[0]
+    words, first = question.prompt + text, len(question.prompt) + len(text) - EXCERPT_WORDS
+    marks = {answer.position: answer for answer in grade.answers if answer.position >= first}
+    shown = Text(f"How request 0 ends with kv_policy={run.policy} (x= sets a fact, x? asks):\n...")
+    for position in range(max(first, 0), len(words)):
+        style = ""
+        if position in marks:
+            style = "bold green" if marks[position].right else "bold red"
+        shown.append(f" {words[position]}", style=style)
+    oldest = max(grade.answers, key=lambda answer: answer.right * answer.age, default=None)
+    if oldest is not None and oldest.right:
+        shown.append(
+            f"\nIts oldest right answer, {words[oldest.position - 1]} {words[oldest.position]}, "
+            f"was last written {oldest.age} tokens before, with a budget of {settings.budget}."
+        )
+    console.print(shown)
 
 
 def verdict(settings: Settings, stock: Run, policy: Run) -> tuple[bool, str]:
@@ -288,8 +350,13 @@ def verdict(settings: Settings, stock: Run, policy: Run) -> tuple[bool, str]:
     return True, (
         f"Proven: {policy.evictions:,} evictions freed {policy.blocks_freed:,} KV blocks of "
         f"running requests, and all {2 * settings.requests} requests of both runs finished with "
-        f"the {settings.tokens:,} tokens asked for."
+        f"the {settings.tokens:,} tokens asked for. Of the facts that the texts asked for, "
+        f"{_percent(policy)} were right with eviction and {_percent(stock)} without."
     )
+
+
+def _percent(run: Run) -> str:
+    return f"{100 * run.right / run.answers:.1f} %" if run.answers else "none"
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -297,7 +364,7 @@ def verdict(settings: Settings, stock: Run, policy: Run) -> tuple[bool, str]:
 
 def parse_args(argv: list[str] | None = None) -> tuple[Settings, bool]:
     parser = argparse.ArgumentParser(prog="python -m gkv_vllm.demo", description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path("build/demo-model"))
+    parser.add_argument("--model", type=Path, default=Path("models/reasoner"))
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=1000, help="per request")
     parser.add_argument("--policy", default="gkv")
@@ -310,7 +377,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Settings, bool]:
     arguments = vars(parser.parse_args(argv))
     as_json = arguments.pop("json")
     if not (arguments["model"] / "config.json").exists():
-        parser.error(f"no model at {arguments['model']}; `make demo` makes it")
+        parser.error(f"no model at {arguments['model']}; run this from the root of the repository")
     return Settings(**arguments), as_json
 
 
