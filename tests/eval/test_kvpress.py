@@ -21,7 +21,7 @@ from torch import Tensor
 from gkv_vllm.eval.crosscheck import paged
 from gkv_vllm.eval.crosscheck.agreement import compare, summarise
 from gkv_vllm.eval.crosscheck.cases import KNORM, ROWS, SNAPKV, STREAMING, Row, prompts
-from gkv_vllm.eval.crosscheck.text import same_text
+from gkv_vllm.eval.crosscheck.text import same_text, table
 from gkv_vllm.ops.layout import CPULayout
 from gkv_vllm.policies import registry
 from tests.policies.paged_requests import IMPLEMENTATIONS, operators
@@ -214,3 +214,15 @@ def test_the_engine_keeps_and_writes_what_kvpress_does(
     texts = found["rows"][0]["continuations"]
     assert texts["evicted"]["same"] == texts["evicted"]["texts"] == 10
     assert texts["press_against_nothing_evicted"]["same"] < 10  # eviction is seen in the texts
+
+
+def test_the_page_shows_the_committed_result() -> None:
+    root = Path(__file__).parents[2]
+    found = json.loads((root / "benchmarks" / "results" / "cpu" / "crosscheck.json").read_text())
+    page = (root / "docs" / "evaluation.md").read_text()
+    shown = page.split("<!-- begin crosscheck -->\n")[1].split("<!-- end crosscheck -->")[0]
+    assert shown == table(found)
+    assert found["unexplained"] == 0
+    assert [(r["policy"], r["where"], r["tokens"]) for r in found["rows"]] == [
+        (row.policy, row.where, row.tokens) for row in ROWS
+    ]

@@ -10,28 +10,31 @@ from dataclasses import dataclass
 from gkv_vllm.eval.tasks import clock
 from gkv_vllm.eval.tasks.base import Answer, Document, Grade
 from gkv_vllm.eval.tasks.once import ANSWER_WEIGHT
-from gkv_vllm.eval.vocabulary import END, MINUTES, SYMBOLS
+from gkv_vllm.eval.vocabulary import END, MINUTES, OF_PEOPLE, SYMBOLS
 
 LENGTHS = (5, 10, 20, 40)
-"""Symbols of a span."""
+"""Words of a span."""
+POOL = SYMBOLS + OF_PEOPLE
 
 
 @dataclass(frozen=True)
 class Copyback:
-    """`copyback 18h :20 :40 span C3 A7 ... F1 ; | 18h :20 ... 00h :00 copy C3 A7 ... F1 ;`
+    """`copyback 18h :20 :40 span C3 Ada's ... F1 ; | 18h :20 ... 00h :00 copy C3 Ada's ... F1 ;`
 
-    The span has no symbol twice. Every symbol of the copy is an answer."""
+    The span has no word twice. Every word of the copy is an answer."""
 
     name: str = "copyback"
 
     def draw(self, rng: random.Random, length: int) -> Document:
-        symbols = rng.choice([n for n in LENGTHS if 3 * n + 40 <= length])
+        symbols = rng.choice([n for n in LENGTHS if 2 * n + 12 <= length])
+        # At one distance, a model learns the distance instead of what stands there.
+        length = rng.randint(2 * symbols + 12, length)
         return self.compose(rng, length, symbols, in_prompt=rng.random() < 0.5)
 
     def compose(self, rng: random.Random, length: int, symbols: int, in_prompt: bool) -> Document:
         """A document of just under `length` words."""
-        span = rng.sample(SYMBOLS, symbols)
-        lines = max(1, (length - 2 * symbols - 12) // clock.LINE)
+        span = rng.sample(POOL, symbols)
+        lines = max(0, (length - 2 * symbols - 12) // clock.LINE)
         document = Document()
         document.given("copyback", *clock.stamp(lines), MINUTES[symbols])
         if in_prompt:
@@ -51,7 +54,7 @@ class Copyback:
     def grade(self, words: list[str], prompt: int) -> Grade:
         first = words.index("span") + 1 if "span" in words else len(words)
         span: list[str] = []
-        while first + len(span) < len(words) and words[first + len(span)] in SYMBOLS:
+        while first + len(span) < len(words) and words[first + len(span)] in POOL:
             span.append(words[first + len(span)])
         midnight = clock.midnight(words, prompt)
         answers = []
