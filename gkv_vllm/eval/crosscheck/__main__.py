@@ -21,6 +21,8 @@ from typing import Any
 from gkv_vllm.eval.crosscheck.cases import BUDGETS, COUNT, ROWS, Row, prompts
 from gkv_vllm.eval.crosscheck.engine import ENVIRONMENT
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Threads that wait for each other cost more than these models compute."""
 ENGINE_SIDE = [sys.executable, "-m", "gkv_vllm.eval.crosscheck.engine"]
 PRESSES_SCRIPT = Path(__file__).with_name("presses.py")
 
@@ -33,7 +35,10 @@ def in_its_own_process(command: list[str], job: dict[str, Any], env: dict[str, s
         path, out = Path(folder, "job.json"), Path(folder, "out.pt")
         path.write_text(json.dumps(job))
         done = subprocess.run(
-            [*command, str(path), str(out)], env=os.environ | env, capture_output=True, text=True
+            [*command, str(path), str(out)],
+            env=os.environ | ONE_THREAD | env,
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -43,19 +48,25 @@ def in_its_own_process(command: list[str], job: dict[str, Any], env: dict[str, s
 def kvpress_side(
     python: str, model: Path, rows: tuple[Row, ...], ids: dict[str, Any], count: int
 ) -> Any:
-    """Prompts as they are, and per (policy, settings, prompt, kept) what the press did."""
-    cases = {
-        _case_key(row, name, row.eviction(budget).kept): {
-            "policy": row.policy,
-            "press": row.press,
-            "newest": row.spared,
-            "prompt": name,
-            "kept": row.eviction(budget).kept,
-        }
-        for row in rows
-        for name in _names(row, ids)
-        for budget in BUDGETS
-    }
+    """Prompts as they are, and per case what the press did; texts go on only where ours do."""
+    cases: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        for name in _names(row, ids):
+            for budget in BUDGETS:
+                kept = row.eviction(budget).kept
+                case = cases.setdefault(
+                    _case_key(row, name, kept),
+                    {
+                        "policy": row.policy,
+                        "press": row.press,
+                        "newest": row.spared,
+                        "prompt": name,
+                        "kept": kept,
+                        "count": 0,
+                    },
+                )
+                if row.where == "engine":
+                    case["count"] = count
     job = {"model": str(model), "prompts": ids, "cases": list(cases.values()), "count": count}
     # Not this folder: its modules are not for that environment.
     result = in_its_own_process([python, "-P", str(PRESSES_SCRIPT)], job, {"HF_HUB_OFFLINE": "1"})
@@ -170,7 +181,9 @@ def continuations(row: Row, ours: list[dict[str, Any]], theirs: Any) -> dict[str
 
 
 def versions(theirs: dict[str, str]) -> dict[str, Any]:
-    mine = {}
+    from gkv_vllm.ops import paged
+
+    mine = {"operators": paged.resolve("auto").name}
     for name in ("vllm", "transformers", "torch", "gkv-vllm"):
         try:
             mine[name] = version(name)
@@ -214,13 +227,13 @@ def report(
 
 
 def main(argv: list[str] | None = None) -> int:
-    from gkv_vllm.eval.crosscheck.text import table
+    from gkv_vllm.eval.crosscheck.text import table, to_json
 
     args = parse_args(argv)
     rows = tuple(r for r in ROWS if not (args.without_engine and r.where == "engine"))
     found = report(args.model, args.kvpress_python, args.seeds, rows)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "crosscheck.json").write_text(json.dumps(found, indent=1) + "\n")
+    (args.out / "crosscheck.json").write_text(to_json(found))
     (args.out / "crosscheck.md").write_text(table(found))
     print(table(found))
     return 1 if found["unexplained"] else 0

@@ -62,7 +62,7 @@ STREAMING: dict[str, Any] = {
 ALL_COMPETE = "every token competes"
 SAME_WINDOW = "the same window"
 ONE_EXEMPT = "all but the newest token compete"
-AS_SERVED = "defaults: the newest 16 to 47 tokens never compete"
+AS_SERVED = "as served: the newest 20 tokens never compete"
 
 ROWS = (
     Row(**STREAMING, where="reference", window=0, tokens=512, note=ALL_COMPETE),
@@ -76,7 +76,12 @@ ROWS = (
     Row(**SNAPKV, where="engine", tokens=512, note=SAME_WINDOW),
     Row(**STREAMING, where="engine", window=DEFAULT_WINDOW, tokens=500, note=AS_SERVED),
     Row(**KNORM, where="engine", window=DEFAULT_WINDOW, tokens=500, note=AS_SERVED),
-    Row(**SNAPKV, where="engine", tokens=500, note="the window, and what its block begins with"),
+    Row(
+        **SNAPKV,
+        where="engine",
+        tokens=500,
+        note="as served: the newest 84 tokens never compete, there 64",
+    ),
     Row(
         **SNAPKV | {"settings": {"variant": "gkv"}},
         where="reference",

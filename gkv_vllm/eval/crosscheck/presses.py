@@ -105,7 +105,7 @@ def watched(press: Any, newest: int, scores: list[Tensor], kept: list[Tensor]) -
     return press
 
 
-def prompt_with_press(model: Any, case: dict[str, Any], ids: list[int], count: int) -> Any:
+def prompt_with_press(model: Any, case: dict[str, Any], ids: list[int]) -> Any:
     """What a press scored and kept of a prompt [layers, kv_heads, ...]; how it goes on."""
     # kvpress keeps int(tokens * (1 - ratio)); half a token guards against rounding.
     ratio = 1 - (case["kept"] + 0.5) / len(ids)
@@ -118,7 +118,7 @@ def prompt_with_press(model: Any, case: dict[str, Any], ids: list[int], count: i
     return {
         "scores": torch.cat(scores),
         "kept": torch.stack(kept).sort().values,
-        "goes_on": decode(model, cache, logits, len(ids), count),
+        "goes_on": decode(model, cache, logits, len(ids), case["count"]),
     }
 
 
@@ -137,8 +137,7 @@ def main() -> None:
             for name, ids in job["prompts"].items()
         },
         "cases": [
-            prompt_with_press(model, case, job["prompts"][case["prompt"]], job["count"])
-            for case in job["cases"]
+            prompt_with_press(model, case, job["prompts"][case["prompt"]]) for case in job["cases"]
         ],
     }
     torch.save(result, sys.argv[2])

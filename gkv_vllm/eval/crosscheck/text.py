@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +32,13 @@ def same_text(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[st
         "logprob_difference": apart,
         "margins_where_they_part": sorted(margins),
     }
+
+
+def to_json(found: dict[str, Any]) -> str:
+    """As JSON, a list of numbers on one line."""
+    numbers = re.compile(r"\[\s+([-+\d.e,\s]+?)\s+\]")
+    spread = json.dumps(found, indent=1)
+    return numbers.sub(lambda list_: "[" + " ".join(list_[1].split()) + "]", spread) + "\n"
 
 
 def table(found: dict[str, Any]) -> str:
