@@ -5,6 +5,7 @@ what an eager step would be given."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,6 +112,31 @@ def test_a_later_step_lies_where_the_captured_one_lay(ops: PagedOps) -> None:
         ]
     )
     assert torch.equal(index.places, on_host.places)
+
+
+@implementations
+def test_a_small_batch_may_come_first(ops: PagedOps) -> None:
+    """As where a batch measures memory before anything is captured."""
+    engine = Engine()
+    prepare, _ = device_batch(ops, engine)
+    first = prepare(batch([(1, 1)], [[]], 1))
+    engine.lost = np.array([2, 1, 0, 0])
+    later = prepare(batch(ROWS, HOLES, MAX_ROWS))
+    assert later.seq_lens.tolist() == [65, 114, 40, 16, 0, 0]
+    assert later.block_table_tensor.data_ptr() == first.block_table_tensor.data_ptr()
+
+
+@implementations
+def test_nothing_that_is_derived_of_lengths_stays(ops: PagedOps) -> None:
+    """vLLM remembers what it derived from a batch; a runner may not know a bound on the host."""
+    engine = Engine()
+    prepare, _ = device_batch(ops, engine)
+    engine.lost = np.array([2, 1, 0, 0])
+    step = replace(batch(ROWS, HOLES, len(ROWS)), seq_lens_cpu_upper_bound=None)
+    assert step.compute_num_computed_tokens().tolist() == [96, 129, 17, 15]
+    live = prepare(step)
+    assert live.compute_num_computed_tokens().tolist() == [64, 113, 17, 15]
+    assert live.max_seq_len == step.max_seq_len
 
 
 @implementations

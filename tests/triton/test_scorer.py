@@ -70,6 +70,22 @@ def test_block_scores(shape: Any, policy: Policy, kv_groups: int) -> None:
         torch.testing.assert_close(scorers[0].history, scorers[1].history, rtol=1e-5, atol=ATOL)
 
 
+def test_each_layer_group_has_candidates_and_a_history_of_its_own() -> None:
+    policy = GKV(redundancy="none")
+    pair = worlds(SHAPES["holes"], kv_groups=2, layer_groups=True)
+    assert pair[0].candidates(0) != pair[0].candidates(1)
+    scorers = [world.scorer(policy) for world in pair]
+    for remembered in (0, len(pair[0].candidates(0)) - 3):
+        theirs, ours = (
+            scorer.block_scores([(world.selection(remembered=remembered), world.table)])
+            for scorer, world in zip(scorers, pair, strict=True)
+        )
+        assert len(ours[0]) == 2
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=ATOL)
+        theirs, ours = (scorer.history for scorer in scorers)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=ATOL)
+
+
 def kept_tokens(scorer: Scorer, world: World) -> Tensor:
     kept: list[Tensor] = []
     move = scorer.ops.compact

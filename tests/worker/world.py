@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -79,6 +79,8 @@ class World:
     kv_groups: int = 1
     """Layers are dealt out to this many KV cache groups, each with a table and cache of its own."""
     ops: PagedOps = field(default_factory=ReferenceOps)
+    layer_groups: bool = False
+    """Whether each KV cache group is a layer group too, with holes of its own."""
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -88,7 +90,7 @@ class World:
             generator = torch.Generator().manual_seed(100 * self.id_seed + group)
             ids = (torch.randperm(pool - 1, generator=generator) + 1).tolist()
             table = ids[: shape.blocks]
-            for hole in shape.holes:
+            for hole in self.holes(group):
                 table[hole] = 0
             self.tables.append(table)
         self.unused = [sorted(set(range(1, pool)) - set(table)) for table in self.tables]
@@ -108,12 +110,20 @@ class World:
     def group_of(self, layer: int) -> int:
         return layer % self.kv_groups
 
+    def holes(self, group: int) -> tuple[int, ...]:
+        return tuple(hole + group * self.layer_groups for hole in self.shape.holes)
+
+    def candidates(self, group: int) -> list[int]:
+        everything = replace(self.shape, holes=()).candidates
+        return [block for block in everything if block not in self.holes(group)]
+
     def ids(self, layer: int, blocks: list[int]) -> Tensor:
         table = self.tables[self.group_of(layer)]
         return torch.tensor([table[block] for block in blocks])
 
     def write(self, cache: Tensor, layer: int) -> None:
-        ids = self.ids(layer, self.shape.live)
+        holes = self.holes(self.group_of(layer))
+        ids = self.ids(layer, [i for i in range(self.shape.blocks) if i not in holes])
         CPULayout().write(cache, ids, self.keys[layer], self.values[layer])
 
     def scorer(self, policy: Policy, *, moves_tokens: bool = False, scope: str = "head") -> Scorer:
@@ -133,7 +143,7 @@ class World:
             EvictedLayer(
                 ops=self.ops,
                 kv_group=self.group_of(i),
-                layer_group=0,
+                layer_group=self.group_of(i) * self.layer_groups,
                 kv_cache=self.caches[i],
                 plane=self.planes[i] if paged else None,
                 ring=rings.of_layer(i),
@@ -176,7 +186,10 @@ class World:
             slot=slot,
             num_tokens=shape.tokens,
             protected=shape.protected,
-            candidates=(shape.candidates,),
+            candidates=tuple(
+                self.candidates(group)
+                for group in range(self.kv_groups if self.layer_groups else 1)
+            ),
             keep=shape.keep,
             remembered=remembered,
             event=event,
