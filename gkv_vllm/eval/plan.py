@@ -38,7 +38,8 @@ class ServerPlan:
             "--enforce-eager",
             "--dtype", plan.dtype,
             "--block-size", str(self.block_size),
-            "--max-model-len", str(plan.length),
+            # One more than any text: a loss is asked for with a token to generate.
+            "--max-model-len", str(plan.length + 1),
             "--max-num-seqs", str(plan.concurrency),
             # Chunked prompts with a seed end stock vLLM on a CPU: let all prompts fit one step.
             "--max-num-batched-tokens", str(plan.concurrency * plan.length),

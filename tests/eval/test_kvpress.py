@@ -162,7 +162,10 @@ def kvpress_python() -> str:
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The architecture of the reasoner with drawn weights; key norms too, or all would tie."""
+    """The architecture of the reasoner with drawn weights; key norms too, or all would tie.
+
+    Values and outputs of attention are ten times what they are at first, so that texts depend on
+    what was kept."""
     from gkv_vllm.eval.train import Recipe, build
 
     model = build(Recipe(layers=2))
@@ -170,6 +173,9 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for layer in model.model.layers:
         weight = layer.self_attn.k_norm.weight.data
         weight.copy_(torch.rand(weight.shape, generator=generator) + 0.5)
+        layer.self_attn.q_norm.weight.data.mul_(2)
+        layer.self_attn.v_proj.weight.data.mul_(10)
+        layer.self_attn.o_proj.weight.data.mul_(10)
     path = tmp_path_factory.mktemp("model")
     model.save_pretrained(path)
     return path

@@ -81,7 +81,7 @@ def test_ledger_counts_what_makes_no_sense():
 def test_once_wants_every_code_that_the_text_stated():
     text = (
         "once 23h :59 :03 | code #alpha A0 A1 A2 ; code #beta B0 B1 B2 ; "
-        "23h :59 lamp falls barn . 00h :00 recall #beta B0 B3 B2 ; <end>"
+        "23h :59 barn shines dock . 00h :00 recall #beta B0 B3 B2 ; <end>"
     )
     grade = graded("once", text, 5)
     assert [a.right for a in grade.answers] == [True, False, True, False, False, False]
@@ -89,12 +89,12 @@ def test_once_wants_every_code_that_the_text_stated():
 
 
 def test_a_text_that_never_reaches_midnight_has_recalled_nothing():
-    text = "once 23h :58 :03 | code #alpha A0 A1 A2 ; 23h :58 lamp falls barn . 23h :59"
+    text = "once 23h :58 :03 | code #alpha A0 A1 A2 ; 23h :58 barn shines dock . 23h :59"
     assert [a.right for a in graded("once", text, 5).answers] == [False] * 3
 
 
 def test_a_clock_that_jumps_is_counted():
-    text = "once 23h :57 :03 | code #alpha A0 A1 A2 ; 23h :57 lamp falls barn . 23h :59 lamp"
+    text = "once 23h :57 :03 | code #alpha A0 A1 A2 ; 23h :57 barn shines dock . 23h :59 barn"
     assert graded("once", text, 5).broken == 1
 
 
@@ -119,7 +119,7 @@ def test_trace_ages_count_from_the_last_reading():
 def test_copyback_compares_word_by_word():
     text = (
         "copyback 23h :59 :05 span A0 A1 A2 A3 A4 ; | "
-        "23h :59 lamp falls barn . 00h :00 copy A0 A1 A3 A3"
+        "23h :59 barn shines dock . 00h :00 copy A0 A1 A3 A3"
     )
     assert [a.right for a in graded("copyback", text, 12).answers] == [
         True,

@@ -7,10 +7,10 @@ from __future__ import annotations
 import random
 
 from gkv_vllm.eval.tasks.base import Document
-from gkv_vllm.eval.vocabulary import HOURS, MINUTES, PLACES, THINGS, VERBS
+from gkv_vllm.eval.vocabulary import HOURS, MINUTES, PLACES, VERBS
 
 LINE = 6
-"""Words of a line: `17h :42 lamp falls barn .`"""
+"""Words of a line: `17h :42 barn shines dock .`"""
 DAY = 24 * 60
 
 
@@ -23,7 +23,7 @@ def stamp(minutes_left: int) -> tuple[str, str]:
 def line(document: Document, rng: random.Random, minutes_left: int) -> None:
     """A minute in which nothing that matters happens."""
     document.known(*stamp(minutes_left))
-    document.free(rng.choice(THINGS), rng.choice(VERBS), rng.choice(PLACES))
+    document.free(rng.choice(PLACES), rng.choice(VERBS), rng.choice(PLACES))
     document.known(".")
 
 

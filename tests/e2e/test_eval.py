@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
+"""The evaluation against real servers: the model in the repository, evictions proven, going on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gkv_vllm.eval.__main__ import main
+from gkv_vllm.eval.store import Store
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).parents[2]
+PLAN = {
+    "model": str(ROOT / "models" / "reasoner"),
+    "length": 448,
+    "samples": 6,
+    "concurrency": 6,
+    "exams": ["ledger", "prose"],
+    "budgets": [96, 400],
+    "common": {"interval": 32},
+    "servers": {"gkv": {"policy": "gkv"}},
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval")
+    (folder / "plan.yaml").write_text(yaml.safe_dump(PLAN))
+    assert main(["run", str(folder / "plan.yaml"), "--out", str(folder / "out")]) == 0
+    return folder
+
+
+def test_the_full_cache_answers_and_evicts_nothing(measured):
+    store = Store(measured / "out")
+    full = store.metrics("ledger__full")
+    assert full["accuracy"] > 0.97 and full["answers"] > 100
+    assert full["evictions"] == 0 and full["preemptions"] == 0
+
+
+def test_a_small_budget_evicts_and_a_large_one_is_marked(measured):
+    store = Store(measured / "out")
+    small, large = (store.metrics(f"ledger__gkv__b{budget}__none") for budget in (96, 400))
+    # Each of six requests grows to 448 tokens over a budget of 96, 32 at a time.
+    assert small["evictions"] >= 6 * 8 and small["evicted"]
+    assert large["evictions"] == 0 and not large["evicted"]
+    report = (measured / "out" / "report.md").read_text()
+    assert report.count("not comparable") == 2
+
+
+def test_a_budget_that_is_not_reached_gives_the_texts_of_the_full_cache(measured):
+    store = Store(measured / "out")
+    for exam in ("ledger", "prose"):
+        full, large = (store.predictions(f"{exam}__{cell}") for cell in ("full", "gkv__b400__none"))
+        assert [p["text"] for p in full] == [p["text"] for p in large]
+
+
+def test_prose_has_a_loss(measured):
+    full = Store(measured / "out").metrics("prose__full")
+    assert 0 < full["loss"] < 2
+
+
+def test_what_is_measured_is_not_measured_again(measured):
+    cell = measured / "out" / "ledger__full"
+    before = (cell / "metrics.json").stat().st_mtime_ns
+    assert main(["run", str(measured / "plan.yaml"), "--out", str(measured / "out")]) == 0
+    assert (cell / "metrics.json").stat().st_mtime_ns == before
+    assert json.loads((cell / "config.json").read_text())["length"] == 448
