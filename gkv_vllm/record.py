@@ -35,6 +35,9 @@ _DAMAGE = (
 _ARRAYS = {"positions": np.int32, "scores": np.float32, "kept": np.bool_}
 
 
+_ENDING = ("prompt_tokens", "preemptions", "finish", "truncated")
+
+
 class RecordError(ValueError):
     """A file that is no record, or one that cannot be read; its message is one sentence."""
 
@@ -128,7 +131,9 @@ class RecordWriter:
         numbers = {f.name: getattr(event, f.name) for f in fields(Event) if f.name not in _ARRAYS}
         self._events.append(numbers)
 
-    def close(self, *, token_ids: np.ndarray, prompt_tokens: int, finish: str) -> None:
+    def close(
+        self, *, token_ids: np.ndarray, prompt_tokens: int, preemptions: int, finish: str
+    ) -> None:
         """The request ended; `finish` says how."""
         self._array("token_ids", token_ids.astype(np.int32))
         about = {
@@ -136,6 +141,7 @@ class RecordWriter:
             "version": VERSION,
             **asdict(self.header),
             "prompt_tokens": prompt_tokens,
+            "preemptions": preemptions,
             "finish": finish,
             "truncated": self.truncated,
             "events": self._events,
@@ -161,6 +167,7 @@ class Record:
     path: Path
     header: Header
     prompt_tokens: int
+    preemptions: int
     finish: str
     truncated: bool
     token_ids: np.ndarray
@@ -191,7 +198,7 @@ def read_record(path: Path) -> Record:
                 f"{path} has version {version} of the format, and this gkv_vllm reads version "
                 f"{VERSION}; use the gkv_vllm that wrote it"
             )
-        rest = {name: about.pop(name) for name in ("prompt_tokens", "finish", "truncated")}
+        rest = {name: about.pop(name) for name in _ENDING}
         numbers = about.pop("events")
         return Record(
             path, Header(**about), **rest, token_ids=_array(archive, "token_ids"), _numbers=numbers

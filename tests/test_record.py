@@ -43,7 +43,7 @@ def path(tmp_path: Path) -> Path:
     kept = np.array([[[1, 0, 1], [0, 1, 1]]], dtype=bool)
     positions = np.array([[[0, 1, 2]] * 2], dtype=np.int32)
     writer.add(Event(0, 0, 5, 0, 3, positions, np.zeros((1, 2, 3), dtype=np.float32), kept))
-    writer.close(token_ids=np.arange(6), prompt_tokens=2, finish="stopped")
+    writer.close(token_ids=np.arange(6), prompt_tokens=2, preemptions=0, finish="stopped")
     return writer.path
 
 

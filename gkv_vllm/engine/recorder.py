@@ -150,7 +150,12 @@ class Recorder:
         def close() -> None:
             if file.writer is not None:
                 file.writer.truncated |= file.cut
-                file.writer.close(token_ids=ids, prompt_tokens=prompt_tokens, finish=finish)
+                file.writer.close(
+                    token_ids=ids,
+                    prompt_tokens=prompt_tokens,
+                    preemptions=follow.epoch,
+                    finish=finish,
+                )
 
         self._write(file, close)
 

@@ -175,7 +175,8 @@ def test_a_preemption_starts_over_and_late_reports_belong_to_the_life_before(
     recorder.reported(report(kept={number: outcome([0, 2, 3, 6], 8)}))
     recorder.reported(report(kept={told(recorder, FIRST): outcome([0, 1, 2, 3], 8)}))
     end(recorder)
-    _, events = read(tmp_path)
+    record, events = read(tmp_path)
+    assert record.preemptions == 1
     assert [(event.epoch, event.number) for event in events] == [(0, 0), (1, 0)]
     assert events[1].positions[0, 0].tolist() == [*range(4, 12)]
 
