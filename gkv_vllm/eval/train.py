@@ -26,6 +26,7 @@ from gkv_vllm.eval.vocabulary import IDS, PAD, SIZE, encode, tokenizer
 WARM_UP = 100
 SMOOTHING = 0.95
 LOG_EVERY = 25
+EARLIER_SHARE = 1 / 3
 MAX_POSITIONS = 8192
 
 
@@ -42,7 +43,7 @@ STAGES = (
     Stage(64, 3000, 0.95),
     Stage(96, 2200, 0.97),
     Stage(192, 2000, 0.98),
-    Stage(384, 1500, 0.985),
+    Stage(384, 4000, 0.985),
     Stage(768, 800, 0.99),
     Stage(1536, 600, 1.01),
 )
@@ -195,6 +196,13 @@ class Trainer:
             left = 1 - self.step_in_stage / stage.most_steps
         return min(1.0, (self.step + 1) / WARM_UP) * max(left, 0.01)
 
+    def _length(self, stage: Stage) -> int:
+        """That of the stage, but for one batch in three, which recalls an earlier one."""
+        earlier = [s.length for s in STAGES if s.length < stage.length]
+        if earlier and self.rng.random() < EARLIER_SHARE:
+            return self.rng.choice(earlier)
+        return stage.length
+
     def _shares(self) -> dict[str, float]:
         """More of what is not learned yet."""
         return {
@@ -208,7 +216,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = base * rate
             optimizer.zero_grad()
-        batch = draw(self.rng, self.recipe, stage.length, self._shares())
+        batch = draw(self.rng, self.recipe, self._length(stage), self._shares())
         loss, accuracy = losses(self.model, batch, self.device)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -99,20 +99,20 @@ def test_a_clock_that_jumps_is_counted():
 
 
 def test_trace_follows_the_values_as_the_text_has_them():
-    program = "trace a= 3 ; f= 8 ; @3 a f c ; @4 a a a ; @5 c a a ; |"
-    right = "@3 a? 3 f? 8 c= 1 ; @5 c? 1 a? 3 a= 4 ; @6"
-    grade = graded("trace", f"{program} {right}", 23)
+    program = "trace a= 3 ; f= 8 ; @3 a f c ; @4 a a a ; @5 c a a ; | @3"
+    right = "a? 3 f? 8 c= 1 ; @5 c? 1 a? 3 a= 4 ; @6"
+    grade = graded("trace", f"{program} {right}", 24)
     assert [a.right for a in grade.answers] == [True] * 6 and grade.broken == 0
-    wrong = "@3 a? 3 f? 7 c= 0 ; @4 a? 3 a? 3 a= 6 ;"
-    grade = graded("trace", f"{program} {wrong}", 23)
+    wrong = "a? 3 f? 7 c= 0 ; @4 a? 3 a? 3 a= 6 ;"
+    grade = graded("trace", f"{program} {wrong}", 24)
     # 3 + 7 is 0, as the text says, and after an even result comes the next line.
     assert [a.right for a in grade.answers] == [True, False, True, True, True, True]
     assert grade.broken == 0
 
 
 def test_trace_ages_count_from_the_last_reading():
-    program = "trace a= 3 ; f= 8 ; @3 a f c ; @4 a a a ; |"
-    grade = graded("trace", f"{program} @3 a? 3 f? 8 c= 1 ;", 18)
+    program = "trace a= 3 ; f= 8 ; @3 a f c ; @4 a a a ; | @3"
+    grade = graded("trace", f"{program} a? 3 f? 8 c= 1 ;", 19)
     assert [a.age for a in grade.answers] == [18, 17, 2]
 
 

@@ -16,10 +16,11 @@ LISTED = 5
 
 
 class Trace:
-    """`trace a= 3 ; f= 8 ; ... @3 a f c ; ... | @3 a? 3 f? 8 c= 1 ; @5 ...`
+    """`trace a= 3 ; f= 8 ; ... @7 c a b ; @3 a f c ; ... | @3 a? 3 f? 8 c= 1 ; @5 ...`
 
     A line `@n x y z` sets z to (x + y) mod 10. After line n comes line n + 1, or n + 2 when the
-    result is odd; after line 63 comes line 0. So which lines run, and how long ago a variable was
+    result is odd; after line 63 comes line 0. They are listed in any order, and the prompt names
+    the first. So which lines run, and how long ago a variable was
     last read or written, depends on the values. All of it follows from the prompt: greedy decoding
     is right.
 
@@ -42,15 +43,17 @@ class Trace:
         document.given("trace")
         for name in names:
             document.given(f"{name}=", values[name], ";")
-        for number in numbers:
+        # In order, a model learns where a line stands instead of looking for its number.
+        for number in rng.sample(numbers, len(numbers)):
             document.given(LINES[number], *program[number], ";")
         document.given("|")
-        document.end_prompt()
         number = start
         while number in program and len(document.words) < length:
             left, right, target = program[number]
             result = (int(values[left]) + int(values[right])) % 10
             document.known(LINES[number])
+            if not document.prompt:
+                document.end_prompt()
             document.answer(f"{left}?", values[left], f"{right}?", values[right])
             values[target] = str(result)
             document.answer(f"{target}=", values[target])
@@ -59,9 +62,9 @@ class Trace:
         return document
 
     def grade(self, words: list[str], prompt: int) -> Grade:
-        program, values, seen = _program(words[:prompt])
+        program, values, seen = _program(words[: prompt - 1])
         answers: list[Answer] = []
-        broken, at, due = 0, prompt, None
+        broken, at, due = 0, prompt - 1, None
         while at < len(words):
             number = LINES.index(words[at]) if words[at] in LINES else None
             broken += number is None or due not in (None, number)
