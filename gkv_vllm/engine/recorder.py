@@ -170,13 +170,14 @@ class Recorder:
         """The worker will be told this. Numbers the compactions whose outcome it has to report."""
         if not self._follows:
             return
-        for request_id, observation in plan.observe.items():
-            if follow := self._follows.get(request_id):
-                follow.observed = observation
         for request_id, left in plan.drops.items():
             follow = self._follows.get(request_id)
             if follow is not None and follow.scores is not None:
                 self._dropped(follow, left)
+        # After the drops, which follow from what was observed before.
+        for request_id, observation in plan.observe.items():
+            if follow := self._follows.get(request_id):
+                follow.observed = observation
         for request_id, compaction in plan.compact.items():
             if follow := self._follows.get(request_id):
                 order = _Order(follow, compaction.selection)
@@ -271,13 +272,13 @@ class Recorder:
         self._thread.join(timeout=30)
 
     def _write(self, file: _File, job: Callable[[], None]) -> None:
-        """Let the thread do this; a disk that is full costs the record, never the request."""
+        """Let the thread do this; a disk that is full costs this record, and nothing else."""
 
         def guarded() -> None:
             try:
                 job()
-            except OSError as error:
-                logger.warning("a record of evictions is lost: %s", error)
+            except Exception as error:  # the thread must live on for the other records
+                logger.warning("a record of evictions is lost: %r", error)
                 if file.writer is not None:
                     file.writer.discard()
                 file.writer = None

@@ -202,7 +202,7 @@ class EvictionLog:
         """The plan was carried out: which tokens stayed, in the order of its compactions."""
         moving = [id_ for id_, order in (plan.compact if plan else {}).items() if order.targets]
         for request_id, kept in zip(moving, self._moved, strict=True):
-            waiting = [e for e in self.events[request_id] if "targets" in e and "kept" not in e]
+            waiting = [e for e in self.events[request_id] if e.get("targets") and "kept" not in e]
             waiting[0]["kept"] = kept.tolist()
         self._moved.clear()
 

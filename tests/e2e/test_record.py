@@ -149,8 +149,9 @@ def recorded_batch() -> Batch:
     """The first two grow until the others have to make room."""
     opted_out = [request(prompt(60 + i, 64), 80, kv_policy="none") for i in range(2)]
     recorded = [
-        request(prompt(i, 70 + 5 * i), 80, kv_budget=64, kv_protect="none", kv_record=1)
-        for i in range(3)
+        # The last one is due in every chunk of its prompt.
+        request(prompt(i, length), 80, kv_budget=64, kv_protect="none", kv_record=1)
+        for i, length in enumerate((70, 75, 390))
     ]
     return Batch([*opted_out, *recorded], pool=15)
 

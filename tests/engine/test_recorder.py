@@ -165,6 +165,25 @@ def test_blocks_are_recorded_by_layer_group_when_they_leave(make: Make, tmp_path
     assert record.header.per_head(event.survivors)[:, 0].tolist() == [[8, 12], [4, 12]]
 
 
+def test_a_plan_that_drops_and_observes_again_is_about_two_events(
+    make: Make, tmp_path: Path
+) -> None:
+    """As in a prefill, where every chunk may make the request due."""
+    recorder = make(granularity="block", groups=(0, 1))
+    begin(recorder)
+    again = Selection(0, 27, 1, ([1, 3, 4, 5], [2, 3, 4, 5]), 2, 2, 1, 0)
+    recorder.planned(StepPlan(observe={"a": Observation(5, BLOCKS)}))
+    recorder.reported(report(scores={"a": (5, SCORES)}))
+    recorder.planned(StepPlan(drops={"a": ([2], [1])}, observe={"a": Observation(5, again)}))
+    recorder.reported(report(scores={"a": (5, [[1.0, 2.0, 3.0, 4.0]] * 2)}))
+    recorder.planned(StepPlan(drops={"a": ([1, 3], [2, 3])}))
+    end(recorder)
+    _, events = read(tmp_path)
+    assert [event.num_tokens for event in events] == [19, 27]
+    assert events[0].survivors.tolist() == [[[4, 12]], [[8, 12]]]
+    assert events[1].survivors.tolist() == [[[16, 20]]] * 2
+
+
 def test_a_preemption_starts_over_and_late_reports_belong_to_the_life_before(
     make: Make, tmp_path: Path
 ) -> None:
@@ -294,11 +313,12 @@ def test_a_full_folder_takes_no_new_record(
     assert len([*tmp_path.iterdir()]) == 1
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError()], ids=repr)
 def test_a_disk_that_is_full_costs_the_record_only(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def full(self: RecordWriter, event: Event) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(RecordWriter, "add", full)
     recorder = make()
