@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         if args.command == "run":
+            # A terminated run stops its server the way Ctrl-C does.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             return run(args)
         if args.command == "list":
             store = Store(args.out) if args.out else None

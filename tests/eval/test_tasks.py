@@ -110,6 +110,14 @@ def test_trace_follows_the_values_as_the_text_has_them():
     assert grade.broken == 0
 
 
+def test_a_trace_that_lost_its_way_has_wrong_answers_until_it_finds_it_again():
+    program = "trace a= 3 ; f= 8 ; @3 a f c ; @4 a a a ; | @3"
+    lost = "a? 3 f? 8 c= 0 ; ; ; ; ; ; ; ; ; @4 a? 3 a? 3 a= 6 ;"
+    grade = graded("trace", f"{program} {lost}", 19)
+    assert [a.right for a in grade.answers] == [True, True, False] + [False] * 3 + [True] * 3
+    assert grade.broken == 1
+
+
 def test_trace_ages_count_from_the_last_reading():
     program = "trace a= 3 ; f= 8 ; @3 a f c ; @4 a a a ; | @3"
     grade = graded("trace", f"{program} a? 3 f? 8 c= 1 ;", 19)

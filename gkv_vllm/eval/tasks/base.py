@@ -23,6 +23,10 @@ class Document:
         """Words that nobody can know: names, digits, symbols that the writer chose."""
         self._add(words, 0.1)
 
+    def chosen(self, *words: str) -> None:
+        """Words that the writer chose among those not yet used: which are left can be known."""
+        self._add(words, 0.3)
+
     def known(self, *words: str) -> None:
         """Words that follow from what is written right before them."""
         self._add(words, 0.3)

@@ -20,9 +20,16 @@ def stamp(minutes_left: int) -> tuple[str, str]:
     return HOURS[now // 60], MINUTES[now % 60]
 
 
-def line(document: Document, rng: random.Random, minutes_left: int) -> None:
+TURN_WEIGHT = 2.0
+"""Of the first stamp and of full hours: rare, but a text that misses one is lost."""
+
+
+def line(document: Document, rng: random.Random, minutes_left: int, first: bool) -> None:
     """A minute in which nothing that matters happens."""
-    document.known(*stamp(minutes_left))
+    if first or minutes_left % 60 == 0:
+        document.answer(*stamp(minutes_left), weight=TURN_WEIGHT)
+    else:
+        document.known(*stamp(minutes_left))
     document.free(rng.choice(PLACES), rng.choice(VERBS), rng.choice(PLACES))
     document.known(".")
 

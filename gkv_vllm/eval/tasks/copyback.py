@@ -42,10 +42,13 @@ class Copyback:
         document.given("|")
         document.end_prompt()
         if not in_prompt:
-            document.free("span", *span, ";")
+            document.known("span")
+            document.chosen(*span)
+            document.known(";")
         for number in range(lines):
-            clock.line(document, rng, lines - number)
-        document.known(*clock.stamp(0), "copy")
+            clock.line(document, rng, lines - number, first=number == 0)
+        document.answer(*clock.stamp(0), weight=clock.TURN_WEIGHT)
+        document.known("copy")
         document.answer(*span, weight=ANSWER_WEIGHT)
         document.answer(";")
         document.known(END)

@@ -20,7 +20,7 @@ LENGTHS = (3, 5, 10)
 
 @dataclass(frozen=True)
 class Once:
-    """`once 18h :20 :03 | code #alpha C3 A7 F1 ; 18h :20 ... 00h :00 recall #alpha C3 A7 F1 ;`
+    """`once 18h :20 :03 #delta | code #alpha C3 A7 F1 ; 18h :20 ... 00h :00 recall #alpha C3 A7 F1 ;`
 
     The first lines state one passcode each (or the prompt states them all), `:03` symbols long. No
     symbol occurs in two places. Each symbol of a recall is an answer."""
@@ -42,10 +42,10 @@ class Once:
         """A document of just under `length` words."""
         drawn = rng.sample(SYMBOLS, owners * symbols)
         codes = [drawn[n * symbols : (n + 1) * symbols] for n in range(owners)]
-        cost = 2 * owners * (symbols + 3) + 8
+        cost = 2 * owners * (symbols + 3) + 9
         lines = max(owners, (length - cost) // clock.LINE)
         document = Document()
-        document.given("once", *clock.stamp(lines), MINUTES[symbols])
+        document.given("once", *clock.stamp(lines), MINUTES[symbols], OWNERS[owners - 1])
         if in_prompt:
             for owner, code in zip(OWNERS, codes, strict=False):
                 document.given("code", owner, *code, ";")
@@ -53,9 +53,11 @@ class Once:
         document.end_prompt()
         for number in range(lines):
             if number < owners and not in_prompt:
-                document.free("code", OWNERS[number], *codes[number], ";")
-            clock.line(document, rng, lines - number)
-        document.known(*clock.stamp(0))
+                document.known("code", OWNERS[number])
+                document.chosen(*codes[number])
+                document.known(";")
+            clock.line(document, rng, lines - number, first=number == 0)
+        document.answer(*clock.stamp(0), weight=clock.TURN_WEIGHT)
         for owner, code in zip(OWNERS, codes, strict=False):
             document.known("recall", owner)
             document.answer(*code, weight=ANSWER_WEIGHT)

@@ -64,20 +64,23 @@ class Trace:
     def grade(self, words: list[str], prompt: int) -> Grade:
         program, values, seen = _program(words[: prompt - 1])
         answers: list[Answer] = []
-        broken, at, due = 0, prompt - 1, None
-        while at < len(words):
+        broken = 0
+        due: int | None = LINES.index(words[prompt - 1])
+        """The line that must come; None when nobody can say."""
+        for at in range(prompt - 1, len(words), EXECUTED):
             number = LINES.index(words[at]) if words[at] in LINES else None
+            if due is not None and due not in program:
+                break  # only some lines are listed, and the last of them was executed
             broken += number is None or due not in (None, number)
-            number = due if number is None else number
-            if number not in program:
-                break
+            if number not in program:  # nothing of this line can be right; the next may be
+                answers += [Answer(at + offset, EXECUTED, False) for offset in (2, 4, 6)]
+                due = None
+                continue
             said = words[at + 1 : at + EXECUTED - 1]
             _grade_line(said, at + 1, program[number], values, seen, answers)
-            result = said[5] if len(said) == 6 else ""
-            if result not in DIGITS:
-                break
-            due, at = (number + 1 + int(result) % 2) % len(LINES), at + EXECUTED
-        return Grade(answers, broken)
+            odd = int(said[5]) % 2 if len(said) == 6 and said[5] in DIGITS else 0
+            due = (number + 1 + odd) % len(LINES)
+        return Grade([a for a in answers if a.position < len(words)], broken)
 
 
 def _program(
