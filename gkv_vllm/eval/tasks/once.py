@@ -20,9 +20,10 @@ LENGTHS = (3, 5, 10)
 
 @dataclass(frozen=True)
 class Once:
-    """`once 18h :20 :03 #delta | code #alpha C3 A7 F1 ; 18h :20 ... 00h :00 recall #alpha C3 A7 F1 ;`
+    """`once 18h :20 :03 #beta | code #alpha C3 A7 F1 ; ... 00h :00 recall #alpha C3 A7 F1 ; ...`
 
-    The first lines state one passcode each (or the prompt states them all), `:03` symbols long. No
+    The first lines state one passcode each (or the prompt states them all), `:03`
+    symbols long, up to the owner that the prompt names. No
     symbol occurs in two places. Each symbol of a recall is an answer."""
 
     name: str = "once"
