@@ -83,6 +83,34 @@ def tables(found: Iterable[dict[str, Any]], baseline: str) -> str:
     return "\n".join(parts)
 
 
+def summary(found: Sequence[dict[str, Any]]) -> str:
+    """One Markdown table: servers down, exams and budgets across; shares of the full cache's
+    accuracy. `*`: significantly different from the baseline; `!`: nothing was evicted."""
+    kept = [row for row in found if row["budget"] is not None]
+    columns = sorted({(r["exam"], r["protect"], -r["budget"]) for r in kept})
+    names = [f"{exam}, {-budget}, {protect}" for exam, protect, budget in columns]
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(columns) + 1) + "|"]
+    full = {row["exam"]: row["accuracy"] for row in found if row["budget"] is None}
+    whole = [_shown(full.get(exam)) for exam, _, _ in columns]
+    lines.append(f"| full cache: accuracy | {' | '.join(whole)} |")
+    for server in dict.fromkeys(row["server"] for row in kept):
+        cells = []
+        for exam, protect, budget in columns:
+            key = (server, exam, protect, -budget)
+            row = next(
+                (r for r in kept if (r["server"], r["exam"], r["protect"], r["budget"]) == key),
+                None,
+            )
+            cells.append("" if row is None else _share(row))
+        lines.append(f"| {server} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _share(row: dict[str, Any]) -> str:
+    star = "*" if (row.get("against") or {}).get("significant") else ""
+    return _shown(row.get("of_full")) + star + ("" if row["evicted"] else "!")
+
+
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
     full = row["budget"] is None
     return (not full, -(row["budget"] or 0), row["protect"], -_number(row["accuracy"]))
@@ -126,7 +154,11 @@ def write(store: Store, baseline: str) -> list[Path]:
     """`report.md`, `report.json` and one plot per exam and protection; the files written."""
     found = rows(store, baseline)
     report, numbers = store.root / "report.md", store.root / "report.json"
-    report.write_text(f"# {store.root.name}\n\n" + tables(found, baseline))
+    report.write_text(
+        f"# {store.root.name}\n\n{summary(found)}\n\nShares of the accuracy with the full cache; "
+        "`*`: significantly different from the baseline, `!`: nothing was evicted.\n"
+        + tables(found, baseline)
+    )
     numbers.write_text(json.dumps(found, indent=1) + "\n")
     return [report, numbers, *plots(store.root, found)]
 

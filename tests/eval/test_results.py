@@ -85,6 +85,17 @@ def test_a_cell_without_evictions_is_marked(store):
     assert table.count("not comparable") == 1
 
 
+def test_the_summary_has_shares_stars_and_marks(store):
+    lines = report.summary(report.rows(store, "gkv")).splitlines()
+    assert lines[0] == "| | ledger, 128, none |"
+    assert lines[2:] == [
+        "| full cache: accuracy | 1.000 |",
+        "| gkv | 0.900 |",
+        "| lazy | 1.000*! |",
+        "| random | 0.450* |",
+    ]
+
+
 def test_the_report_writes_numbers_and_plots(store):
     pytest.importorskip("matplotlib")
     written = {path.name for path in report.write(store, "gkv")}
