@@ -12,7 +12,7 @@ from pathlib import Path
 from gkv_vllm.config import ConfigError
 from gkv_vllm.eval import report
 from gkv_vllm.eval.plan import Plan
-from gkv_vllm.eval.run import Runner, open_store
+from gkv_vllm.eval.run import Runner, open_store, regrade
 from gkv_vllm.eval.store import Store
 from gkv_vllm.serving import ServerFailed
 
@@ -23,17 +23,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run = commands.add_parser("run", help="run what a plan still lacks, then report")
     run.add_argument("plan", type=Path, help="a YAML file, such as configs/eval/policies.yaml")
     run.add_argument("--out", type=Path, required=True, help="folder of the results; goes on there")
-    run.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after that")
+    run.add_argument(
+        "--minutes", type=_minutes, default=float("inf"), help="begin no cell after that"
+    )
     run.add_argument("--url", help="a running server; without it, servers are started")
     run.add_argument("--only", help="the label of one server of the plan")
     listing = commands.add_parser("list", help="the cells of a plan, and which are done")
     listing.add_argument("plan", type=Path)
     listing.add_argument("--out", type=Path)
     again = commands.add_parser("report", help="tables and plots of a folder, measured before")
-    again.add_argument("out", type=Path)
-    for command in (run, again):
+    anew = commands.add_parser(
+        "regrade", help="grade stored texts by the present rules, and report"
+    )
+    for command in (again, anew):
+        command.add_argument("out", type=Path)
+    for command in (run, again, anew):
         command.add_argument("--baseline", default="gkv", help="the server to compare with")
     return parser.parse_args(argv)
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
                     mark = "done" if store and store.has(cell.name) else "due"
                     print(f"{mark}  {cell.name}")
             return 0
+        if args.command == "regrade":
+            print(f"{regrade(Store(args.out))} cells graded again")
         for path in report.write(Store(args.out), args.baseline):
             print(path)
         return 0

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-from gkv_vllm.eval.tasks import TASKS
+from gkv_vllm.eval.tasks import TASKS, Document
+from gkv_vllm.eval.tasks.copyback import Copyback
+from gkv_vllm.eval.tasks.once import Once
 from gkv_vllm.eval.vocabulary import encode
 
 FIRST_SEED = 1_000_000
@@ -25,12 +27,21 @@ LENGTHS = (256, 512, 1024, 1536, 2048, 3072, 4096)
 FAR = 256
 
 
+def full_length(task: str, rng: random.Random, length: int) -> Document:
+    """A document of the length itself; in training those of two tasks are up to that length."""
+    if task == "once":
+        return Once().compose(rng, length, 4, rng.choice((3, 5, 10)), rng.random() < 0.5)
+    if task == "copyback":
+        return Copyback().compose(rng, length, rng.choice((10, 20, 40)), rng.random() < 0.5)
+    return TASKS[task].draw(rng, length)
+
+
 @torch.inference_mode()
 def accuracy(model: Any, task: str, length: int, documents: int) -> dict[str, Any]:
     """Right answers, all and far ones, over documents of one task and length."""
     right = answers = right_far = answers_far = 0
     for seed in range(FIRST_SEED, FIRST_SEED + documents):
-        document = TASKS[task].draw(random.Random(f"{task} {length} {seed}"), length)
+        document = full_length(task, random.Random(f"{task} {length} {seed}"), length)
         words = document.words[:length]
         tokens = torch.tensor([encode(words)], device=model.device)
         said = model(input_ids=tokens).logits[0].argmax(-1).tolist()

@@ -100,10 +100,16 @@ async def ask_all(
     return list(await asyncio.gather(*(one(question) for question in questions)))
 
 
-async def losses(client: AsyncOpenAI, model: str, texts: Sequence[tuple[str, str]]) -> list[float]:
-    """Mean loss in nats of each text after its prompt, read whole and without eviction."""
+async def losses(
+    client: AsyncOpenAI, model: str, texts: Sequence[tuple[str, str]]
+) -> list[float | None]:
+    """Mean loss in nats of each text after its prompt, read whole and without eviction.
 
-    async def one(prompt: str, text: str) -> float:
+    None for an empty text. A text that repeats itself is cheap: read it beside the loop rate."""
+
+    async def one(prompt: str, text: str) -> float | None:
+        if not text.split():
+            return None
         response = await client.completions.create(
             model=model,
             prompt=f"{prompt} {text}",

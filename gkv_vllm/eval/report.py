@@ -7,68 +7,84 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gkv_vllm.eval.statistics import compare, per_text, share
+from gkv_vllm.config import ConfigError, unknown_key
+from gkv_vllm.eval.statistics import compare, holm, per_text, share
 from gkv_vllm.eval.store import Store
 
+FEW_QUESTIONS = 0.7
 HEADER = (
-    "| server | budget | protect | accuracy (95 %) | of full | far | all right | vs baseline | p | "
-    "win/tie/loss | words | loops | evictions |\n" + "|---" * 13 + "|"
+    "| server | budget | protect | accuracy (95 %) | of full | far | far asked | all right | "
+    "vs baseline | p | win/tie/loss | words | loops | astray | evictions |\n" + "|---" * 15 + "|"
 )
 
 
 def rows(store: Store, baseline: str) -> list[dict[str, Any]]:
-    """One row per cell: shares, intervals, and the paired comparison with the baseline's cell."""
+    """One row per cell: shares, intervals, and paired comparisons with the baseline's cell.
+
+    Raises ConfigError when no cell is there, or none of the baseline."""
     cells = {name: store.config(name) for name in store.cells()}
-    found = []
-    for name, config in cells.items():
-        predictions, metrics = store.predictions(name), store.metrics(name)
-        all_of = share([p["right"] for p in predictions], [p["answers"] for p in predictions])
-        far = share([p["right_far"] for p in predictions], [p["answers_far"] for p in predictions])
-        row = {
-            "cell": name,
-            **{key: config[key] for key in ("server", "exam", "budget", "protect", "length")},
-            "accuracy": all_of.value,
-            "low": all_of.low,
-            "high": all_of.high,
-            "far": far.value,
-            "far_low": far.low,
-            "far_high": far.high,
-            **metrics,
-        }
-        row["accuracy"] = all_of.value
-        full = f"{config['exam']}__full"
-        if config["budget"] is not None and full in cells:
-            whole = store.metrics(full)["accuracy"]
-            row["of_full"] = all_of.value / whole if whole else None
-        other = f"{config['exam']}__{baseline}__b{config['budget']}__{config['protect']}"
-        if other in cells and other != name:
-            row["against"] = _paired(predictions, store.predictions(other))
-        found.append(row)
+    if not cells:
+        raise ConfigError(f"{store.root} holds no finished cell")
+    servers = sorted({config["server"] for config in cells.values()})
+    if baseline not in servers:
+        raise ConfigError(unknown_key("baseline", baseline, servers))
+    texts = {name: store.predictions(name) for name in cells}
+    found = [_row(name, config, store, texts, baseline) for name, config in cells.items()]
+    _mark_significant(found)
     return found
 
 
-def _paired(
-    first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]
-) -> dict[str, Any] | None:
+def _row(
+    name: str,
+    config: dict[str, Any],
+    store: Store,
+    texts: dict[str, list[dict[str, Any]]],
+    baseline: str,
+) -> dict[str, Any]:
+    own = per_text(texts[name])
+    all_of, far = share(list(own.values())), share(list(per_text(texts[name], far=True).values()))
+    keys = ("server", "exam", "budget", "protect", "length")
+    row: dict[str, Any] = {"cell": name, **store.metrics(name), **{k: config[k] for k in keys}}
+    row |= {"accuracy": all_of.value, "low": all_of.low, "high": all_of.high}
+    row |= {"far": None if far.value != far.value else far.value}
+    full = texts.get(f"{config['exam']}__full")
+    if config["budget"] is not None and full is not None:
+        whole = share(list(per_text(full).values())).value
+        row["of_full"] = all_of.value / whole if whole else None
+        row["questions"] = _asked(texts[name]) / _asked(full) if _asked(full) else None
+    other = f"{config['exam']}__{baseline}__b{config['budget']}__{config['protect']}"
+    # Where nothing was evicted on either side there is nothing to compare.
+    if other in texts and other != name and row["evicted"] and store.metrics(other)["evicted"]:
+        row["against"] = _paired(own, per_text(texts[other]))
+    return row
+
+
+def _asked(predictions: Sequence[dict[str, Any]]) -> int:
+    """How many far answers texts have: who forgets a name no longer asks for it."""
+    return sum(p["answers_far"] for p in predictions)
+
+
+def _paired(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, Any] | None:
     """None where the two did not answer the same prompts."""
-    ours, theirs = per_text(first), per_text(second)
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
-    found = compare([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
-    return {
-        "difference": found.difference,
-        "low": found.low,
-        "high": found.high,
-        "p": found.p_value,
-        "significant": found.significant,
-        "wins": found.wins,
-        "ties": found.ties,
-        "losses": found.losses,
-    }
+    return asdict(compare([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]))
+
+
+def _mark_significant(found: Sequence[dict[str, Any]]) -> None:
+    """Holm's correction over the servers that one table compares with the baseline."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in found:
+        if row.get("against"):
+            groups[row["exam"], row["budget"], row["protect"]].append(row["against"])
+    for group in groups.values():
+        for paired, hit in zip(group, holm([p["p_value"] for p in group]), strict=True):
+            paired["significant"] = hit
 
 
 def tables(found: Iterable[dict[str, Any]], baseline: str) -> str:
@@ -76,7 +92,10 @@ def tables(found: Iterable[dict[str, Any]], baseline: str) -> str:
     by_exam: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in found:
         by_exam[row["exam"]].append(row)
-    parts = [f"Compared with `{baseline}`, paired by prompt and seed; `*`: p < 0.05.\n"]
+    parts = [
+        f"Compared with `{baseline}`, paired by prompt and seed; `*`: p < 0.05 after Holm's "
+        "correction over the servers of one exam, budget and protection.\n"
+    ]
     for exam, group in sorted(by_exam.items()):
         group.sort(key=_order)
         parts += [f"## {exam}\n", HEADER, *map(_line, group), ""]
@@ -85,7 +104,8 @@ def tables(found: Iterable[dict[str, Any]], baseline: str) -> str:
 
 def summary(found: Sequence[dict[str, Any]]) -> str:
     """One Markdown table: servers down, exams and budgets across; shares of the full cache's
-    accuracy. `*`: significantly different from the baseline; `!`: nothing was evicted."""
+    accuracy. `*`: significantly different from the baseline; `?`: the texts ask for less than they
+    would; `!`: nothing was evicted."""
     kept = [row for row in found if row["budget"] is not None]
     columns = sorted({(r["exam"], r["protect"], -r["budget"]) for r in kept})
     names = [f"{exam}, {-budget}, {protect}" for exam, protect, budget in columns]
@@ -108,7 +128,8 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
 
 def _share(row: dict[str, Any]) -> str:
     star = "*" if (row.get("against") or {}).get("significant") else ""
-    return _shown(row.get("of_full")) + star + ("" if row["evicted"] else "!")
+    few = "?" if (row.get("questions") or 1.0) < FEW_QUESTIONS else ""
+    return _shown(row.get("of_full")) + star + few + ("" if row["evicted"] else "!")
 
 
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -137,12 +158,14 @@ def _line(row: dict[str, Any]) -> str:
         f"{_shown(row['accuracy'])} ({_shown(row['low'])} to {_shown(row['high'])})",
         _shown(row.get("of_full")),
         _shown(row["far"]),
+        f"{row['answers_far']}",
         _shown(row["all_right"]),
         f"{paired['difference']:+.3f}{star}" if paired else "",
-        _shown(paired.get("p"), 4),
+        _shown(paired.get("p_value"), 4),
         f"{paired['wins']}/{paired['ties']}/{paired['losses']}" if paired else "",
         f"{row['words_mean']:.0f}",
         _shown(row["loop_rate"], 2),
+        f"{row['broken']}",
         evictions,
     ]
     if row["loss"] is not None:
@@ -156,10 +179,11 @@ def write(store: Store, baseline: str) -> list[Path]:
     report, numbers = store.root / "report.md", store.root / "report.json"
     report.write_text(
         f"# {store.root.name}\n\n{summary(found)}\n\nShares of the accuracy with the full cache; "
-        "`*`: significantly different from the baseline, `!`: nothing was evicted.\n"
+        "`*`: significantly different from the baseline, `?`: the texts have less than 70 % of "
+        "the full cache's far answers, so that accuracy flatters; `!`: nothing was evicted.\n\n"
         + tables(found, baseline)
     )
-    numbers.write_text(json.dumps(found, indent=1) + "\n")
+    numbers.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     return [report, numbers, *plots(store.root, found)]
 
 
@@ -187,13 +211,12 @@ def plots(out: Path, found: Sequence[dict[str, Any]]) -> list[Path]:
                 [row["accuracy"] - row["low"] for row in points],
                 [row["high"] - row["accuracy"] for row in points],
             ]
-            drawn = axes.errorbar(
+            axes.errorbar(
                 x, y, yerr=errors, marker="os^vDPX*<>"[number % 10], capsize=2, linewidth=1.2,
                 markersize=5, label=label, color=pyplot.get_cmap("tab20")(number % 20),
             )  # fmt: skip
-            del drawn
             hollow = [i for i, row in enumerate(points) if not row["evicted"]]
-            axes.plot([x[i] for i in hollow], [y[i] for i in hollow], "wo", markersize=9, zorder=-1)
+            axes.plot([x[i] for i in hollow], [y[i] for i in hollow], "o", color="white", zorder=9)
         full = [row for row in found if row["exam"] == exam and row["budget"] is None]
         for row in full:
             axes.axhline(row["accuracy"], color="black", linestyle=":", linewidth=1)

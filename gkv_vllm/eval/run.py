@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gkv_vllm.config import ConfigError
+from gkv_vllm.config import ConfigError, unknown_key
 from gkv_vllm.eval import ask
 from gkv_vllm.eval.exams import EXAMS
 from gkv_vllm.eval.plan import Cell, Plan, ServerPlan
@@ -50,6 +51,14 @@ class Runner:
     only: str | None = None
 
     def __post_init__(self) -> None:
+        labels = [server.label for server in self.plan.server_plans()]
+        if self.only is not None and self.only not in labels:
+            raise ConfigError(unknown_key("server", self.only, labels))
+        if self.url is not None and self.only is None and len(labels) > 1:
+            raise ConfigError(
+                f"--url is one server, and this plan has {len(labels)}; name the one that runs "
+                f"there with --only: {', '.join(labels)}"
+            )
         self.deadline = time.monotonic() + 60 * self.minutes
 
     @property
@@ -65,6 +74,9 @@ class Runner:
             if self.only not in (None, server.label):
                 continue
             due = [cell for cell in server.cells if not self.store.has(cell.name)]
+            for cell in server.cells:
+                if cell not in due:
+                    self._check_stored(server, cell)
             if not due or self.over:
                 continue
             with self._server(server) as running:
@@ -72,7 +84,12 @@ class Runner:
         return self.missing()
 
     def missing(self) -> int:
-        cells = {cell.name for server in self.plan.server_plans() for cell in server.cells}
+        cells = {
+            cell.name
+            for server in self.plan.server_plans()
+            for cell in server.cells
+            if self.only in (None, server.label)
+        }
         return sum(not self.store.has(name) for name in cells)
 
     @contextmanager
@@ -101,6 +118,38 @@ class Runner:
                     return
                 await self._cell(running, client, model.id, server, cell)
 
+    def _config(self, server: ServerPlan, cell: Cell) -> dict[str, Any]:
+        """All that decides a cell's numbers, besides code and machine."""
+        plan = self.plan
+        return {
+            **asdict(cell),
+            "kv_policy": dict(server.kv_policy),
+            "block_size": server.block_size,
+            "length": plan.length,
+            "far": FAR,
+            "model": plan.model,
+            "weights": weights_hash(Path(plan.model)),
+            "dtype": plan.dtype,
+            "concurrency": plan.concurrency,
+            "samples": plan.samples,
+            "first_seed": plan.first_seed,
+            "sampling": dict(EXAMS[cell.exam].sampling),
+            "attached": self.url,
+        }
+
+    def _check_stored(self, server: ServerPlan, cell: Cell) -> None:
+        """ConfigError if the folder holds this cell with other settings."""
+        stored, asked = self.store.config(cell.name), self._config(server, cell)
+        if cell.budget is None:  # whoever ran it, nothing was evicted
+            for key in ("server", "kv_policy", "block_size"):
+                asked[key] = stored.get(key)
+        wrong = [key for key in asked if key in stored and stored[key] != asked[key]]
+        if wrong:
+            raise ConfigError(
+                f"{self.store.root} holds {cell.name} with {wrong[0]}={stored[wrong[0]]!r}, the "
+                f"plan says {asked[wrong[0]]!r}; name another --out folder"
+            )
+
     async def _cell(
         self, running: Server, client: AsyncOpenAI, model: str, server: ServerPlan, cell: Cell
     ) -> None:
@@ -128,26 +177,20 @@ class Runner:
                 for p, loss in zip(predictions, each, strict=True)
             ]
         metrics = {**summary(predictions), **counted, "seconds": round(seconds, 2)}
-        metrics["evicted"] = counted["evictions"] > 0
-        config = {
-            **asdict(cell),
-            "kv_policy": dict(server.kv_policy),
-            "block_size": server.block_size,
-            "length": plan.length,
-            "far": FAR,
-            "model": plan.model,
-            "dtype": plan.dtype,
-            "concurrency": plan.concurrency,
-            "sampling": dict(exam.sampling),
-            "server_arguments": server.arguments(plan),
-        }
+        metrics["evicted"] = counted["evictions"] >= len(predictions)
+        config = self._config(server, cell)
         self.store.write(cell.name, predictions, metrics, config)
 
 
 def _attached(url: str, server: ServerPlan) -> Any:
     """A server that somebody else started; ConfigError unless it serves the plan's policy."""
     running = Attached(url.rstrip("/").removesuffix("/v1"))
-    served = running.metrics().label("gkv:policy_info", "policy")
+    try:
+        served = running.metrics().label("gkv:policy_info", "policy")
+    except KeyError:
+        raise ConfigError(
+            f"the server at {url} has no kv policy: start it with --kv-policy"
+        ) from None
     asked = server.kv_policy.get("policy")
     if served != asked:
         raise ConfigError(
@@ -210,10 +253,36 @@ def summary(predictions: Sequence[ask.Prediction]) -> dict[str, Any]:
     }
 
 
+def weights_hash(model: Path) -> str | None:
+    """Of the weight files, or None where the model is not a folder here."""
+    files = sorted(model.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16] if files else None
+
+
+def regrade(store: Store) -> int:
+    """Grade all stored texts by the present rules; returns how many cells there are."""
+    for name in store.cells():
+        config, metrics = store.config(name), store.metrics(name)
+        exam, again = EXAMS[config["exam"]], []
+        for old in store.predictions(name):
+            question = exam.question(old["seed"], config["length"])
+            if question.text != old["prompt"]:
+                raise ConfigError(
+                    f"{name}: seed {old['seed']} draws another prompt now; run it again"
+                )
+            new = ask.predict(exam, question, old["text"], old["finish_reason"], config["far"])
+            again.append(ask.Prediction(**{**new.as_json(), "loss": old["loss"]}))
+        metrics |= summary(again)
+        metrics["evicted"] = metrics["evictions"] >= len(again)
+        store.write(name, again, metrics, config)
+    return len(store.cells())
+
+
 def open_store(out: Path, plan_file: Path) -> Store:
-    """The folder of a run; ConfigError if it holds another plan's results."""
+    """The folder of a run, with a copy of its plan."""
     out.mkdir(parents=True, exist_ok=True)
-    kept, text = out / "plan.yaml", plan_file.read_text()
-    if not kept.exists():
-        kept.write_text(text)
+    (out / "plan.yaml").write_text(plan_file.read_text())
     return Store(out)

@@ -16,7 +16,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Share:
-    """Right answers over answers of all texts, with a bootstrap interval over texts."""
+    """Mean over texts of the share of right answers, with a bootstrap interval over texts."""
 
     value: float
     low: float
@@ -35,22 +35,15 @@ class Comparison:
     ties: int
     losses: int
 
-    @property
-    def significant(self) -> bool:
-        """Whether the difference is not chance at the 5 % level."""
-        return self.p_value < 1 - LEVEL
 
-
-def share(right: Sequence[int], answers: Sequence[int], seed: int = 0) -> Share:
-    """The pooled share; texts are drawn again with replacement for the interval."""
-    hits, of = np.asarray(right, float), np.asarray(answers, float)
-    if not of.sum():
+def share(accuracies: Sequence[float], seed: int = 0) -> Share:
+    """The mean of one number per text; texts are drawn again with replacement for the interval."""
+    each = np.asarray(accuracies, float)
+    if not len(each):
         return Share(float("nan"), float("nan"), float("nan"))
-    drawn = np.random.default_rng(seed).integers(0, len(hits), (RESAMPLES, len(hits)))
-    total = of[drawn].sum(1)
-    means = hits[drawn].sum(1)[total > 0] / total[total > 0]
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Share(float(hits.sum() / of.sum()), float(low), float(high))
+    drawn = np.random.default_rng(seed).integers(0, len(each), (RESAMPLES, len(each)))
+    low, high = np.quantile(each[drawn].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Share(float(each.mean()), float(low), float(high))
 
 
 def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Comparison:
@@ -79,6 +72,23 @@ def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> C
     )
 
 
-def per_text(predictions: Sequence[dict[str, Any]]) -> dict[int, float]:
-    """Accuracy of each text by its seed; a text without answers has none right."""
-    return {p["seed"]: p["right"] / p["answers"] if p["answers"] else 0.0 for p in predictions}
+def holm(p_values: Sequence[float]) -> list[bool]:
+    """Which of several tests are significant together (Holm's step-down at the 5 % level)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    found, alive = [False] * len(p_values), True
+    for rank, i in enumerate(order):
+        alive = alive and p_values[i] < (1 - LEVEL) / (len(p_values) - rank)
+        found[i] = alive
+    return found
+
+
+def per_text(predictions: Sequence[dict[str, Any]], far: bool = False) -> dict[int, float]:
+    """Accuracy of each text by its seed; a text without answers has none right.
+
+    `far`: of the far answers alone, and only texts that have any."""
+    right, answers = ("right_far", "answers_far") if far else ("right", "answers")
+    return {
+        p["seed"]: p[right] / p[answers] if p[answers] else 0.0
+        for p in predictions
+        if p[answers] or not far
+    }

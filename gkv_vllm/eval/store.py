@@ -41,6 +41,7 @@ class Store:
         (partial / PREDICTIONS).write_text("".join(lines))
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (partial / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+        shutil.rmtree(self.root / cell, ignore_errors=True)
         partial.rename(self.root / cell)
 
     def cells(self) -> list[str]:

@@ -66,10 +66,10 @@ class GKV(Policy):
     `redundancy` follow the variant unless given. `combine_by` is how layers and heads agree where
     they share a kept set.
 
-    Two options of ours. `value_power` p weighs F by (||v|| / mean ||v||)^p before Z: what a token
-    adds to the output is its attention times its value. `random_share` gives that share of what is
-    kept to a draw, the same for all layers and heads, as arXiv 2609.03430 finds that scores lose
-    by forgetting the same things everywhere."""
+    Two options of ours. `value_power` p weighs F by (||v|| / mean ||v||)^p before Z, and divides by
+    the maximum again: what a token adds to the output is its attention times its value. (Of a block
+    it takes the largest F and the largest norm, which may be two tokens'.) `random_share` gives
+    that share of what is kept to a draw among the candidates, by their order, new at each event."""
 
     needs: ClassVar[Needs] = Needs(queries=True, history=True, seeded=True)
 

@@ -91,7 +91,7 @@ def test_the_summary_has_shares_stars_and_marks(store):
     assert lines[2:] == [
         "| full cache: accuracy | 1.000 |",
         "| gkv | 0.900 |",
-        "| lazy | 1.000*! |",
+        "| lazy | 1.000! |",
         "| random | 0.450* |",
     ]
 

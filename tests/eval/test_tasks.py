@@ -78,24 +78,43 @@ def test_ledger_counts_what_makes_no_sense():
     assert graded("ledger", "ledger a= 3 ; | a? 3 3 ; b? 4 ; :07 ;", 5).broken >= 3
 
 
-def test_once_wants_every_code_that_the_text_stated():
+def test_once_wants_every_code_that_is_due():
     text = (
-        "once 23h :59 :03 | code #alpha A0 A1 A2 ; code #beta B0 B1 B2 ; "
+        "once 23h :59 :03 #beta | code #alpha A0 A1 A2 ; code #beta B0 B1 B2 ; "
         "23h :59 barn shines dock . 00h :00 recall #beta B0 B3 B2 ; <end>"
     )
-    grade = graded("once", text, 5)
-    assert [a.right for a in grade.answers] == [True, False, True, False, False, False]
-    assert grade.answers[0].age == 14
+    grade = graded("once", text, 6)
+    assert [a.right for a in grade.answers] == [False] * 3 + [True, False, True]
+    assert grade.answers[3].age == 14
+
+
+def test_codes_that_were_not_stated_or_too_short_are_wrong():
+    text = (
+        "once 23h :59 :03 #beta | code #alpha A0 ; 23h :59 barn shines dock . "
+        "00h :00 recall #alpha A0 ;"
+    )
+    assert [a.right for a in graded("once", text, 6).answers] == [True] + [False] * 5
 
 
 def test_a_text_that_never_reaches_midnight_has_recalled_nothing():
-    text = "once 23h :58 :03 | code #alpha A0 A1 A2 ; 23h :58 barn shines dock . 23h :59"
-    assert [a.right for a in graded("once", text, 5).answers] == [False] * 3
+    text = "once 23h :58 :03 #alpha | code #alpha A0 A1 A2 ; 23h :58 barn shines dock . 23h :59"
+    assert [a.right for a in graded("once", text, 6).answers] == [False] * 3
 
 
-def test_a_clock_that_jumps_is_counted():
-    text = "once 23h :57 :03 | code #alpha A0 A1 A2 ; 23h :57 barn shines dock . 23h :59 barn"
-    assert graded("once", text, 5).broken == 1
+@pytest.mark.parametrize(
+    "minutes",
+    ["23h :57 barn shines dock . 23h :59 barn shines dock .", "23h :57 barn shines dock .",
+     "23h :58 barn shines dock . 23h :59 barn shines dock ."],
+    ids=["skipped", "midnight early", "late start"],
+)  # fmt: skip
+def test_a_recall_before_its_time_proves_nothing(minutes):
+    for start, said in (
+        ("once 23h :57 :03 #alpha | code #alpha A0 A1 A2 ;", "recall #alpha A0 A1 A2 ;"),
+        ("copyback 23h :57 :03 span A0 A1 A2 ; |", "copy A0 A1 A2 ;"),
+    ):
+        prompt = start.split().index("|") + 1
+        grade = graded(start.split()[0], f"{start} {minutes} 00h :00 {said}", prompt)
+        assert [a.right for a in grade.answers] == [False] * 3 and grade.broken == 1
 
 
 def test_trace_follows_the_values_as_the_text_has_them():
@@ -111,11 +130,33 @@ def test_trace_follows_the_values_as_the_text_has_them():
 
 
 def test_a_trace_that_lost_its_way_has_wrong_answers_until_it_finds_it_again():
-    program = "trace a= 3 ; f= 8 ; @3 a f c ; @4 a a a ; | @3"
+    program = "trace a= 3 ; f= 8 ; @3 a f c ; @4 a a a ; @5 a a a ; | @3"
     lost = "a? 3 f? 8 c= 0 ; ; ; ; ; ; ; ; ; @4 a? 3 a? 3 a= 6 ;"
-    grade = graded("trace", f"{program} {lost}", 19)
-    assert [a.right for a in grade.answers] == [True, True, False] + [False] * 3 + [True] * 3
-    assert grade.broken == 1
+    grade = graded("trace", f"{program} {lost}", 24)
+    # What it owes for the words it wasted comes last.
+    assert [a.right for a in grade.answers] == [True, True, False] + [True] * 3 + [False] * 3
+    assert grade.broken == 0
+
+
+def test_a_trace_that_runs_a_line_that_is_not_due_is_wrong_there():
+    program = "trace a= 3 ; f= 8 ; @3 a f c ; @4 a a a ; | @3"
+    grade = graded("trace", f"{program} a? 3 f? 8 c= 1 ; @3 a? 3 f? 8 c= 1 ;", 19)
+    assert [a.right for a in grade.answers] == [True] * 3  # line 5 is not listed: it may end
+    program = "trace a= 3 ; f= 8 ; @3 a f c ; @4 a a a ; @5 a a a ; | @3"
+    grade = graded("trace", f"{program} a? 3 f? 8 c= 1 ; @3 a? 3 f? 8 c= 1 ;", 24)
+    assert [a.right for a in grade.answers] == [True] * 3 + [False] * 3 and grade.broken == 1
+
+
+def test_one_stray_word_costs_no_line_after_it():
+    program = "trace a= 3 ; f= 8 ; @3 a f c ; @4 a a a ; @5 c a a ; | @3"
+    grade = graded("trace", f"{program} a? 3 f? 8 c= 1 ; ; @5 c? 1 a? 3 a= 4 ;", 24)
+    assert [a.right for a in grade.answers] == [True] * 6
+
+
+def test_a_trace_that_stops_early_owes_the_rest():
+    program = "trace a= 3 ; f= 8 ; @3 a f c ; @4 a a a ; @5 c a a ; | @3"
+    grade = graded("trace", f"{program} a? 3 f? 8 c= 1 ; " + "; " * 16, 24)
+    assert [a.right for a in grade.answers] == [True] * 3 + [False] * 6
 
 
 def test_trace_ages_count_from_the_last_reading():

@@ -34,14 +34,18 @@ def line(document: Document, rng: random.Random, minutes_left: int, first: bool)
     document.known(".")
 
 
-def broken_lines(words: list[str], start: int, stop: int) -> int:
-    """How many stamps between two places are not a minute after the one before."""
-    stamps = [
-        HOURS.index(words[at]) * 60 + MINUTES.index(words[at + 1])
-        for at in range(start, stop - 1)
-        if words[at] in HOURS and words[at + 1] in MINUTES
-    ]
-    return sum((b - a) % DAY != 1 for a, b in zip(stamps, stamps[1:], strict=False))
+def broken_lines(words: list[str], prompt: int) -> int:
+    """How many stamps of a text do not come when they should, from the prompt's first on.
+
+    Up to midnight each must be a minute after the one before; the first is the prompt's."""
+    due = HOURS.index(words[1]) * 60 + MINUTES.index(words[2])
+    broken = 0
+    for at in range(prompt, min(midnight(words, prompt) + 1, len(words) - 1)):
+        if words[at] in HOURS and words[at + 1] in MINUTES:
+            now = HOURS.index(words[at]) * 60 + MINUTES.index(words[at + 1])
+            broken += now != due
+            due = (now + 1) % DAY
+    return broken
 
 
 def midnight(words: list[str], start: int) -> int:

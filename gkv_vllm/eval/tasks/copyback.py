@@ -21,7 +21,8 @@ POOL = SYMBOLS + OF_PEOPLE + THINGS
 class Copyback:
     """`copyback 18h :20 :40 span C3 Ada's ... F1 ; | 18h :20 ... 00h :00 copy C3 Ada's ... F1 ;`
 
-    The span has no word twice. Every word of the copy is an answer."""
+    The span has no word twice. Every word of the copy is an answer; one that is missing is wrong,
+    and so are all of a text whose clock skips a minute."""
 
     name: str = "copyback"
 
@@ -59,10 +60,11 @@ class Copyback:
         span: list[str] = []
         while first + len(span) < len(words) and words[first + len(span)] in POOL:
             span.append(words[first + len(span)])
-        midnight = clock.midnight(words, prompt)
+        midnight, broken = clock.midnight(words, prompt), clock.broken_lines(words, prompt)
         answers = []
-        for offset, symbol in enumerate(span):
+        for offset in range(MINUTES.index(words[3])):
             position = midnight + 3 + offset
             said = words[position] if position < len(words) else None
-            answers.append(Answer(position, midnight + 3 - first, said == symbol))
-        return Grade(answers, clock.broken_lines(words, prompt, midnight))
+            right = broken == 0 and offset < len(span) and said == span[offset]
+            answers.append(Answer(min(position, len(words)), midnight + 3 - first, right))
+        return Grade(answers, broken)

@@ -22,9 +22,9 @@ LENGTHS = (3, 5, 10)
 class Once:
     """`once 18h :20 :03 #beta | code #alpha C3 A7 F1 ; ... 00h :00 recall #alpha C3 A7 F1 ; ...`
 
-    The first lines state one passcode each (or the prompt states them all), `:03`
-    symbols long, up to the owner that the prompt names. No
-    symbol occurs in two places. Each symbol of a recall is an answer."""
+    The first lines state one passcode each (or the prompt states them all), `:03` symbols long, up
+    to the owner that the prompt names. No symbol occurs in two places. Each symbol of a recall is
+    an answer; one that is missing is wrong, and so are all of a text whose clock skips a minute."""
 
     name: str = "once"
 
@@ -67,25 +67,33 @@ class Once:
         return document
 
     def grade(self, words: list[str], prompt: int) -> Grade:
+        symbols, owners = MINUTES.index(words[3]), OWNERS[: OWNERS.index(words[4]) + 1]
         codes, places, repeated = _stated(words)
-        midnight = clock.midnight(words, prompt)
-        answers, recalled, broken = [], set(), clock.broken_lines(words, prompt, midnight)
-        at = midnight + 2
-        while at < len(words) and words[at] == "recall":
-            owner = words[at + 1] if at + 1 < len(words) else ""
-            if owner not in codes or owner in recalled:
-                broken += 1
-                break
-            recalled.add(owner)
-            for offset, symbol in enumerate(codes[owner]):
-                position = at + 2 + offset
+        midnight, broken = clock.midnight(words, prompt), clock.broken_lines(words, prompt)
+        recalled, confused = _recalled(words, midnight + 2)
+        answers = []
+        for owner in owners:
+            code, first = codes.get(owner, []), recalled.get(owner, len(words))
+            for offset in range(symbols):
+                position = first + offset
                 said = words[position] if position < len(words) else None
-                age = position - places[owner] - offset
-                answers.append(Answer(position, age, said == symbol))
-            at += 3 + len(codes[owner])
-        for owner in sorted(set(codes) - recalled):  # what was never recalled is wrong
-            answers += [Answer(len(words), len(words) - places[owner], False)] * len(codes[owner])
-        return Grade(answers, broken + repeated)
+                # Who skips minutes recalls too early: that proves nothing.
+                right = broken == 0 and offset < len(code) and said == code[offset]
+                age = position - places[owner] - offset if owner in places else position
+                answers.append(Answer(min(position, len(words)), age, right))
+        return Grade(answers, broken + repeated + confused)
+
+
+def _recalled(words: list[str], start: int) -> tuple[dict[str, int], int]:
+    """Where the first symbol of each owner's recall stands, and how many recalls make no sense."""
+    recalled: dict[str, int] = {}
+    confused = 0
+    for at in range(start, len(words) - 1):
+        if words[at] == "recall":
+            owner = words[at + 1]
+            confused += owner not in OWNERS or owner in recalled
+            recalled.setdefault(owner, at + 2)
+    return recalled, confused
 
 
 def _stated(words: list[str]) -> tuple[dict[str, list[str]], dict[str, int], int]:

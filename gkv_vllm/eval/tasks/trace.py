@@ -64,23 +64,37 @@ class Trace:
     def grade(self, words: list[str], prompt: int) -> Grade:
         program, values, seen = _program(words[: prompt - 1])
         answers: list[Answer] = []
-        broken = 0
-        due: int | None = LINES.index(words[prompt - 1])
-        """The line that must come; None when nobody can say."""
-        for at in range(prompt - 1, len(words), EXECUTED):
+        broken, at = 0, prompt - 1
+        due: int | None = LINES.index(words[at])
+        while at < len(words) and (due is None or due in program):
             number = LINES.index(words[at]) if words[at] in LINES else None
-            if due is not None and due not in program:
-                break  # only some lines are listed, and the last of them was executed
-            broken += number is None or due not in (None, number)
-            if number not in program:  # nothing of this line can be right; the next may be
-                answers += [Answer(at + offset, EXECUTED, False) for offset in (2, 4, 6)]
-                due = None
-                continue
-            said = words[at + 1 : at + EXECUTED - 1]
-            _grade_line(said, at + 1, program[number], values, seen, answers)
-            odd = int(said[5]) % 2 if len(said) == 6 and said[5] in DIGITS else 0
-            due = (number + 1 + odd) % len(LINES)
-        return Grade([a for a in answers if a.position < len(words)], broken)
+            following = _next_line(words, at + 1)
+            said = words[at + 1 : min(at + EXECUTED - 1, following)]
+            if number != due or number not in program:
+                # The wrong line, or none: all its answers are wrong, and so is what it skipped.
+                broken += 1
+                count = max(1, round((following - at) / EXECUTED))
+                answers += [
+                    Answer(at + o, EXECUTED, False) for o in (2, 4, 6) for _ in range(count)
+                ]
+            else:
+                _grade_line(said, at + 1, program[number], values, seen, answers)
+            result = said[5] if len(said) == 6 and said[5] in DIGITS else None
+            due = None
+            if number is not None and result is not None:
+                due = (number + 1 + int(result) % 2) % len(LINES)
+            elif following < len(words):
+                due = LINES.index(words[following])
+            at = following
+        owed = 3 * ((len(words) - prompt + 1) // EXECUTED) - len(answers)
+        if due is None or due in program:  # a listing that ends may end the text as well
+            answers += [Answer(len(words), EXECUTED, False)] * owed
+        return Grade(answers, broken)
+
+
+def _next_line(words: list[str], start: int) -> int:
+    """Where the next line number stands; the end of the text where none does."""
+    return next((at for at in range(start, len(words)) if words[at] in LINES), len(words))
 
 
 def _program(
