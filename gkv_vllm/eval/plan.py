@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import product
@@ -13,6 +14,7 @@ from typing import Any
 
 from gkv_vllm.config import NO_POLICY, ConfigError, KVPolicyConfig, unknown_key
 from gkv_vllm.eval.exams import EXAMS
+from gkv_vllm.policies import registry
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,43 @@ class Plan:
     """Settings of all servers."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         for server in self.server_plans():  # raises for what no server would take
-            for exam in {cell.exam for cell in server.cells}:
-                if exam not in EXAMS:
-                    raise ConfigError(unknown_key("exam", exam, EXAMS))
+            self._check_server(server)
+
+    def _check_types(self) -> None:
+        for name in ("length", "samples", "first_seed", "concurrency", "block_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number above 0, got {value!r}")
+        for name, kind in (("exams", str), ("budgets", int), ("protect", str)):
+            _check_list(name, getattr(self, name), kind)
+        if not isinstance(self.servers, Mapping) or not self.servers:
+            raise ConfigError("servers must map a label to settings, for at least one server")
+        for label, settings in self.servers.items():
+            if not re.fullmatch(r"[\w.-]+", str(label)):
+                raise ConfigError(
+                    f"server {label!r}: a label has letters, digits, '_', '.' and '-'"
+                )
+            if not isinstance(settings, Mapping):
+                raise ConfigError(f"server {label!r} must be a mapping of settings")
+            for name, kind in (("exams", str), ("budgets", int), ("protect", str)):
+                if name in settings:
+                    _check_list(f"server {label!r}: {name}", settings[name], kind)
+
+    def _check_server(self, server: ServerPlan) -> None:
+        budgets = [cell.budget for cell in server.cells if cell.budget is not None]
+        config = KVPolicyConfig.from_mapping(
+            {**server.kv_policy, "budget": max(budgets), "min_budget": min(budgets)}
+        )
+        if not config.active:
+            raise ConfigError(f"server {server.label!r} names no policy")
+        registry.create(config.policy, config.policy_config)
+        config.check_block_size(server.block_size)
+        for cell in server.cells:
+            config.for_request(cell.xargs, server.block_size)
+            if cell.exam not in EXAMS:
+                raise ConfigError(unknown_key("exam", cell.exam, EXAMS))
 
     def server_plans(self) -> Iterator[ServerPlan]:
         """The servers in the order of the file; the first also runs without eviction."""
@@ -110,7 +145,6 @@ class Plan:
             cells = [Cell(label, exam, None, "") for exam in full_exams]
             full_exams = []
             cells += [Cell(label, *parts) for parts in product(exams, budgets, protect)]
-            KVPolicyConfig.from_mapping({**policy, "budget": max(budgets)})
             yield ServerPlan(
                 label, policy, settings.get("block_size", self.block_size), tuple(cells)
             )
@@ -120,11 +154,25 @@ class Plan:
         """A plan from YAML; ConfigError names a key that is not known."""
         import yaml
 
-        raw: dict[str, Any] = yaml.safe_load(path.read_text())
+        try:
+            raw = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         valid = {f.name for f in fields(cls)}
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path} must map settings to values; valid: {', '.join(valid)}")
         for key in raw:
             if key not in valid:
                 raise ConfigError(unknown_key("key of an evaluation plan", key, valid))
-        listed = ("exams", "budgets", "protect")
-        values: dict[str, Any] = {k: tuple(v) if k in listed else v for k, v in raw.items()}
+        if lacking := [key for key in ("model", "servers", "exams", "budgets") if key not in raw]:
+            raise ConfigError(f"{path} lacks {', '.join(lacking)}")
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()
+        }
         return cls(**values)
+
+
+def _check_list(name: str, values: Any, kind: type) -> None:
+    right = isinstance(values, list | tuple) and values
+    if not right or not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
+        raise ConfigError(f"{name} must be a list of at least one {kind.__name__}, got {values!r}")

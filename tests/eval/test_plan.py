@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
 """Plans: what they list, and what they refuse before a server starts."""
 
-import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +44,19 @@ def test_a_server_takes_all_budgets_of_its_cells():
         ({"exams": ("legder",)}, "did you mean 'ledger'"),
         ({"servers": {"x": {"polcy": "gkv"}}}, "did you mean 'policy'"),
         ({"servers": {"x": {"policy": "gkv", "window": 500}}}, "window=500 is larger"),
+        ({"servers": {"x": {"policy": "gkv", "policy_config": {"alhpa": 1}}}}, "mean 'alpha'"),
+        ({"servers": {"x": {"policy": "gkv", "protect": "prompt"}}}, "must be a list"),
+        ({"servers": {"x": {"granularity": "block"}}}, "names no policy"),
+        ({"servers": {"a/b": {"policy": "gkv"}}}, "a label has letters"),
+        ({"servers": {}}, "at least one server"),
+        ({"servers": ["gkv"]}, "must map a label"),
+        ({"servers": {"x": "gkv"}}, "must be a mapping of settings"),
+        ({"protect": ("promt",)}, "kv_protect must be one of"),
+        ({"budgets": ()}, "at least one int"),
+        ({"budgets": 256}, "must be a list"),
+        ({"budgets": (-5, 256)}, "must be at least 1"),
+        ({"samples": 0}, "above 0"),
+        ({"length": "1024"}, "whole number"),
     ],
 )
 def test_a_plan_that_cannot_run_is_refused(change, sentence):
@@ -55,16 +68,26 @@ def test_a_plan_is_read_from_yaml(tmp_path):
     path = tmp_path / "plan.yaml"
     path.write_text("model: m\nexams: [ledger]\nbudgets: [64]\nservers: {a: {policy: random}}\n")
     assert Plan.read(path).budgets == (64,)
+    for text, sentence in {
+        "": "must map settings",
+        "model: [": "is not YAML",
+        "model: m": "lacks servers, exams, budgets",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=sentence):
+            Plan.read(path)
     path.write_text("model: m\nexam: [ledger]\n")
     with pytest.raises(ConfigError, match="did you mean 'exams'"):
         Plan.read(path)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(p.name for p in __import__("pathlib").Path("configs/eval").glob("*.yaml"))
-)
-def test_the_plans_of_the_repository_are_valid(name):
-    from pathlib import Path
+PLANS = sorted((Path(__file__).parents[2] / "configs" / "eval").glob("*.yaml"))
 
-    plan = Plan.read(Path("configs/eval") / name)
-    assert dataclasses.asdict(plan)["samples"] > 0
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_the_plans_of_the_repository_are_valid(path):
+    assert list(Plan.read(path).server_plans())
+
+
+def test_there_are_plans():
+    assert len(PLANS) >= 6
