@@ -25,7 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 from gkv_vllm.eval.exams import EXAMS, Question
 from gkv_vllm.eval.tasks import Grade
-from gkv_vllm.serving import Metrics, Server, ServerFailed, serve
+from gkv_vllm.serving import (
+    Metrics,
+    Server,
+    ServerFailed,
+    generated,
+    openai_client,
+    serve,
+    settled,
+)
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -211,37 +219,15 @@ async def measure(server: Server, ask: Ask, settings: Settings, policy: str, rep
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
-    after = await settled(server, generated(before) + sum(run.completion_tokens))
+    after = await settled(server, generated(before) + sum(run.completion_tokens), SETTLE_SECONDS)
     run.count(before, after)
     report(generated(after) - generated(before), 0)
     return run
 
 
-def generated(metrics: Metrics) -> float:
-    return metrics.value("vllm:generation_tokens_total")
-
-
-async def settled(server: Server, tokens: float) -> Metrics:
-    """The metrics once they count this many tokens: the server counts after it has answered."""
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while True:
-        metrics = await asyncio.to_thread(server.metrics)
-        if generated(metrics) >= tokens or time.monotonic() > deadline:
-            return metrics
-        await asyncio.sleep(0.05)
-
-
 async def compare(server: Server, settings: Settings, console: Console) -> list[Run]:
     """One pass without eviction, which is what stock vLLM does, and one with it."""
-    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
-    # trust_env=False: no proxy between us and our own machine.
-    async with AsyncOpenAI(
-        base_url=server.api_url,
-        api_key="unused",
-        max_retries=0,
-        http_client=DefaultAsyncHttpxClient(trust_env=False),
-    ) as client:
+    async with openai_client(server) as client:
         (model,) = (await client.models.list()).data
         ask = partial(complete, client, model.id)
         await ask("warm up", 32, settings.policy)

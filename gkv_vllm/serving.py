@@ -8,6 +8,7 @@ The demo, the benchmarks and the end-to-end tests share it. It uses the standard
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -21,6 +22,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 HOST = "127.0.0.1"
 ENVIRONMENT = {
@@ -79,16 +84,10 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Server:
-    """A running server: where it listens, what it said."""
+class Endpoint:
+    """Where a server answers, whoever started it."""
 
-    process: subprocess.Popen[bytes]
-    port: int
-    log: Path
-
-    @property
-    def url(self) -> str:
-        return f"http://{HOST}:{self.port}"
+    url: str
 
     @property
     def api_url(self) -> str:
@@ -102,6 +101,18 @@ class Server:
 
     def metrics(self) -> Metrics:
         return Metrics(self.get("/metrics"))
+
+
+@dataclass(frozen=True)
+class Server(Endpoint):
+    """A server of ours: its process, what it said."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     def log_tail(self, lines: int = LOG_LINES) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -133,6 +144,34 @@ class Server:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()
+
+
+def openai_client(server: Endpoint, **arguments: Any) -> AsyncOpenAI:
+    """A client that asks once, and goes through no proxy: the server is on this machine."""
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+    return AsyncOpenAI(
+        base_url=server.api_url,
+        api_key="unused",
+        max_retries=0,
+        http_client=DefaultAsyncHttpxClient(trust_env=False, **arguments),
+        **arguments,
+    )
+
+
+def generated(metrics: Metrics) -> float:
+    """Tokens that the server has generated since it started."""
+    return metrics.value("vllm:generation_tokens_total")
+
+
+async def settled(server: Endpoint, tokens: float, seconds: float) -> Metrics:
+    """The metrics once `generated` is this much, which is after the answers, or time is up."""
+    deadline = time.monotonic() + seconds
+    while True:
+        metrics = await asyncio.to_thread(server.metrics)
+        if generated(metrics) >= tokens or time.monotonic() > deadline:
+            return metrics
+        await asyncio.sleep(0.05)
 
 
 def free_port() -> int:
@@ -185,4 +224,4 @@ def _spawn(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Server:
             # A group of its own: Ctrl-C reaches only us, and stop() can end all of it.
             start_new_session=True,
         )
-    return Server(process, port, log)
+    return Server(f"http://{HOST}:{port}", process, log)

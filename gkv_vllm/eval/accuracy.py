@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from gkv_vllm.eval.tasks import TASKS, Document
+from gkv_vllm.eval.tasks import TASKS, Document, once
 from gkv_vllm.eval.tasks.copyback import Copyback
 from gkv_vllm.eval.tasks.once import Once
-from gkv_vllm.eval.vocabulary import encode
+from gkv_vllm.eval.vocabulary import OWNERS, encode
 
 FIRST_SEED = 1_000_000
 """Documents that training never drew: it draws from one stream of its own seed."""
@@ -30,7 +30,9 @@ FAR = 256
 def full_length(task: str, rng: random.Random, length: int) -> Document:
     """A document of the length itself; in training those of two tasks are up to that length."""
     if task == "once":
-        return Once().compose(rng, length, 4, rng.choice((3, 5, 10)), rng.random() < 0.5)
+        return Once().compose(
+            rng, length, len(OWNERS), rng.choice(once.LENGTHS), rng.random() < 0.5
+        )
     if task == "copyback":
         return Copyback().compose(rng, length, rng.choice((10, 20, 40)), rng.random() < 0.5)
     return TASKS[task].draw(rng, length)

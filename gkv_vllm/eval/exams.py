@@ -12,11 +12,11 @@ from typing import Any
 from gkv_vllm.eval.tasks import TASKS, Document, Grade
 from gkv_vllm.eval.tasks.copyback import Copyback
 from gkv_vllm.eval.tasks.once import Once
+from gkv_vllm.eval.vocabulary import OWNERS
 
 SAMPLED = {"temperature": 1.0, "min_p": 0.05}
 """For texts in which the model chooses names and symbols: unlikely words are never drawn."""
 GREEDY = {"temperature": 0.0}
-OWNERS = 4
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Exam:
 
 def _once(symbols: int, in_prompt: bool) -> Callable[[random.Random, int], Document]:
     def compose(rng: random.Random, length: int) -> Document:
-        return Once().compose(rng, length, OWNERS, symbols, in_prompt)
+        return Once().compose(rng, length, len(OWNERS), symbols, in_prompt)
 
     return compose
 

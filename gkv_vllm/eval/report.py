@@ -113,15 +113,9 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
     full = {row["exam"]: row["accuracy"] for row in found if row["budget"] is None}
     whole = [_shown(full.get(exam)) for exam, _, _ in columns]
     lines.append(f"| full cache: accuracy | {' | '.join(whole)} |")
+    shares = {(r["server"], r["exam"], r["protect"], -r["budget"]): _share(r) for r in kept}
     for server in dict.fromkeys(row["server"] for row in kept):
-        cells = []
-        for exam, protect, budget in columns:
-            key = (server, exam, protect, -budget)
-            row = next(
-                (r for r in kept if (r["server"], r["exam"], r["protect"], r["budget"]) == key),
-                None,
-            )
-            cells.append("" if row is None else _share(row))
+        cells = [shares.get((server, *column), "") for column in columns]
         lines.append(f"| {server} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -134,11 +128,7 @@ def _share(row: dict[str, Any]) -> str:
 
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
     full = row["budget"] is None
-    return (not full, -(row["budget"] or 0), row["protect"], -_number(row["accuracy"]))
-
-
-def _number(value: float | None) -> float:
-    return -1.0 if value is None or value != value else value
+    return (not full, -(row["budget"] or 0), row["protect"], -row["accuracy"])
 
 
 def _shown(value: float | None, digits: int = 3) -> str:

@@ -7,9 +7,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from gkv_vllm.eval import ask
 from gkv_vllm.eval.exams import EXAMS
 from gkv_vllm.eval.plan import Cell, Plan, ServerPlan
 from gkv_vllm.eval.store import Store
-from gkv_vllm.serving import Metrics, Server, serve
+from gkv_vllm.serving import Endpoint, generated, openai_client, serve, settled
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 FAR = 256
 """An answer whose fact was last written more words ago is counted apart as well."""
 SETTLE_SECONDS = 10.0
+CELL_SECONDS = 3600.0
+"""An answer may take this long."""
 COUNTED = {
     "evictions": "gkv:evictions_total",
     "tokens_evicted": "gkv:tokens_evicted_total",
@@ -59,6 +61,7 @@ class Runner:
                 f"--url is one server, and this plan has {len(labels)}; name the one that runs "
                 f"there with --only: {', '.join(labels)}"
             )
+        self.weights = weights_hash(Path(self.plan.model))
         self.deadline = time.monotonic() + 60 * self.minutes
 
     @property
@@ -93,7 +96,7 @@ class Runner:
         return sum(not self.store.has(name) for name in cells)
 
     @contextmanager
-    def _server(self, server: ServerPlan) -> Iterator[Server]:
+    def _server(self, server: ServerPlan) -> Iterator[Endpoint]:
         if self.url is not None:
             yield _attached(self.url, server)
             return
@@ -101,17 +104,8 @@ class Runner:
         with serve(self.plan.model, *server.arguments(self.plan), log=log) as running:
             yield running
 
-    async def _cells(self, running: Server, server: ServerPlan, due: Sequence[Cell]) -> None:
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
-        async with AsyncOpenAI(
-            base_url=running.api_url,
-            api_key="unused",
-            max_retries=0,
-            timeout=3600,
-            # No proxy between us and our own machine.
-            http_client=DefaultAsyncHttpxClient(trust_env=False, timeout=3600),
-        ) as client:
+    async def _cells(self, running: Endpoint, server: ServerPlan, due: Sequence[Cell]) -> None:
+        async with openai_client(running, timeout=CELL_SECONDS) as client:
             (model,) = (await client.models.list()).data
             for cell in due:
                 if self.over:
@@ -128,7 +122,7 @@ class Runner:
             "length": plan.length,
             "far": FAR,
             "model": plan.model,
-            "weights": weights_hash(Path(plan.model)),
+            "weights": self.weights,
             "dtype": plan.dtype,
             "concurrency": plan.concurrency,
             "samples": plan.samples,
@@ -151,7 +145,7 @@ class Runner:
             )
 
     async def _cell(
-        self, running: Server, client: AsyncOpenAI, model: str, server: ServerPlan, cell: Cell
+        self, running: Endpoint, client: AsyncOpenAI, model: str, server: ServerPlan, cell: Cell
     ) -> None:
         plan, exam = self.plan, EXAMS[cell.exam]
         seeds = range(plan.first_seed, plan.first_seed + plan.samples)
@@ -166,25 +160,24 @@ class Runner:
         before, started = running.metrics(), time.perf_counter()
         predictions = await ask.ask_all(client, model, exam, questions, cell.xargs, FAR, done)
         seconds = time.perf_counter() - started
-        after = await _settled(running, before, sum(p.words for p in predictions))
+        tokens = generated(before) + sum(p.words for p in predictions)
+        after = await settled(running, tokens, SETTLE_SECONDS)
         counted = {
             name: round(after.get(metric) - before.get(metric)) for name, metric in COUNTED.items()
         }
         if exam.task == "prose":
             each = await ask.losses(client, model, [(p.prompt, p.text) for p in predictions])
             predictions = [
-                ask.Prediction(**{**p.as_json(), "loss": loss})
-                for p, loss in zip(predictions, each, strict=True)
+                replace(prediction, loss=loss)
+                for prediction, loss in zip(predictions, each, strict=True)
             ]
-        metrics = {**summary(predictions), **counted, "seconds": round(seconds, 2)}
-        metrics["evicted"] = counted["evictions"] >= len(predictions)
-        config = self._config(server, cell)
-        self.store.write(cell.name, predictions, metrics, config)
+        metrics = cell_metrics(predictions, {**counted, "seconds": round(seconds, 2)})
+        self.store.write(cell.name, predictions, metrics, self._config(server, cell))
 
 
-def _attached(url: str, server: ServerPlan) -> Any:
+def _attached(url: str, server: ServerPlan) -> Endpoint:
     """A server that somebody else started; ConfigError unless it serves the plan's policy."""
-    running = Attached(url.rstrip("/").removesuffix("/v1"))
+    running = Endpoint(url.rstrip("/").removesuffix("/v1"))
     try:
         served = running.metrics().label("gkv:policy_info", "policy")
     except KeyError:
@@ -198,35 +191,6 @@ def _attached(url: str, server: ServerPlan) -> Any:
             f"{server.label!r} asks for {asked!r}; choose another with --only"
         )
     return running
-
-
-@dataclass(frozen=True)
-class Attached:
-    """A running server that is not ours to stop."""
-
-    url: str
-
-    @property
-    def api_url(self) -> str:
-        return f"{self.url}/v1"
-
-    def metrics(self) -> Metrics:
-        import urllib.request
-
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"{self.url}/metrics", timeout=10) as response:
-            return Metrics(response.read().decode())
-
-
-async def _settled(running: Server, before: Metrics, tokens: int) -> Metrics:
-    """The metrics once they count these tokens: the server counts after it has answered."""
-    name = COUNTED["generated"]
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while True:
-        after = await asyncio.to_thread(running.metrics)
-        if after.get(name) - before.get(name) >= tokens or time.monotonic() > deadline:
-            return after
-        await asyncio.sleep(0.2)
 
 
 def summary(predictions: Sequence[ask.Prediction]) -> dict[str, Any]:
@@ -253,6 +217,14 @@ def summary(predictions: Sequence[ask.Prediction]) -> dict[str, Any]:
     }
 
 
+def cell_metrics(
+    predictions: Sequence[ask.Prediction], measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What was measured and `summary`; `evicted`: whether there was an eviction for each text."""
+    evicted = measured["evictions"] >= len(predictions)
+    return {**measured, **summary(predictions), "evicted": evicted}
+
+
 def weights_hash(model: Path) -> str | None:
     """Of the weight files, or None where the model is not a folder here."""
     files = sorted(model.glob("*.safetensors"))
@@ -274,10 +246,8 @@ def regrade(store: Store) -> int:
                     f"{name}: seed {old['seed']} draws another prompt now; run it again"
                 )
             new = ask.predict(exam, question, old["text"], old["finish_reason"], config["far"])
-            again.append(ask.Prediction(**{**new.as_json(), "loss": old["loss"]}))
-        metrics |= summary(again)
-        metrics["evicted"] = metrics["evictions"] >= len(again)
-        store.write(name, again, metrics, config)
+            again.append(replace(new, loss=old["loss"]))
+        store.write(name, again, cell_metrics(again, metrics), config)
     return len(store.cells())
 
 

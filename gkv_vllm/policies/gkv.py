@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -71,8 +71,6 @@ class GKV(Policy):
     it takes the largest F and the largest norm, which may be two tokens'.) `random_share` gives
     that share of what is kept to a draw among the candidates, by their order, new at each event."""
 
-    needs: ClassVar[Needs] = Needs(queries=True, history=True, seeded=True)
-
     variant: Literal["paper", "zipage"] = "paper"
     alpha: float = 0.8
     history: Literal["max", "mean", "sum"] = "max"
@@ -82,6 +80,11 @@ class GKV(Policy):
     combine_by: Literal["mean", "max", "rank"] = "mean"
     value_power: float = 0.0
     random_share: float = 0.0
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        """Only a draw needs the key, which costs a pass over the prompt of each request."""
+        return Needs(queries=True, history=True, seeded=self.random_share > 0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
