@@ -63,13 +63,14 @@ def graded(name, text, prompt):
 
 
 def test_ledger_asks_for_the_latest_value_and_counts_from_where_it_was_last_written():
-    text = "ledger a= 3 ; b= 7 ; | a? 3 ; a= 5 ; a? 5 ; b? 7 ; a? 3 ;"
+    text = "ledger a= 3 ; b= 7 ; | a? 3 ; a= 5 ; a? 5 ; b? 7 ; a? 3 ; a? 5 ;"
     grade = graded("ledger", text, 8)
     assert [(a.position, a.age, a.right) for a in grade.answers] == [
         (9, 7, True),
         (15, 3, True),
         (18, 13, True),
         (21, 6, False),
+        (24, 9, True),  # a wrong answer did not write the value
     ]
     assert grade.broken == 0
 

@@ -74,6 +74,11 @@ def test_bad_options_are_refused(parameters, sentence):
         GKV(**parameters)
 
 
+def test_only_a_draw_asks_for_a_number_of_the_request():
+    assert GKV(random_share=0.1).needs.seeded
+    assert not GKV().needs.seeded  # it costs a pass over every prompt
+
+
 def test_options_keep_off_the_path_that_knows_only_the_formula():
     assert GKV().global_score() is not None
     assert GKV(random_share=0.1).global_score() is None
