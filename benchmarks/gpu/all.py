@@ -36,6 +36,11 @@ LEAST_SERVER_MINUTES = 5.0
 STOP_SECONDS = 40.0
 
 
+def _heed_interrupts() -> None:
+    """In the child: a job that a shell put into the background ignores them, and so would it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class Step:
     """One part, and how it went."""
@@ -50,7 +55,9 @@ class Step:
         """Run it to its end or its limit, with its output on ours; whether it succeeded."""
         print(f"--- {self.name}: {shlex.join(self.command)}", flush=True)
         started = time.monotonic()
-        process = subprocess.Popen(self.command, cwd=machine.ROOT, env=environment())
+        process = subprocess.Popen(
+            self.command, cwd=machine.ROOT, env=environment(), preexec_fn=_heed_interrupts
+        )
         try:
             code = process.wait(60 * self.minutes)
             self.status = "ok" if code == 0 else f"failed with status {code}"
