@@ -43,9 +43,10 @@ STAGES = (
     Stage(64, 3000, 0.95),
     Stage(96, 2200, 0.97),
     Stage(192, 2000, 0.98),
-    Stage(384, 4000, 0.985),
-    Stage(768, 800, 0.99),
-    Stage(1536, 600, 1.01),
+    Stage(384, 2500, 0.985),
+    Stage(768, 1000, 0.99),
+    Stage(1536, 400, 0.99),
+    Stage(2304, 500, 1.01),
 )
 
 
@@ -65,6 +66,7 @@ class Recipe:
     matrix_rate: float = 2e-2
     """Learning rate of Muon, which updates the matrices; AdamW has the rest."""
     tasks: tuple[str, ...] = tuple(TASKS)
+    stages: tuple[Stage, ...] = STAGES
 
 
 def build(recipe: Recipe) -> Any:
@@ -192,13 +194,13 @@ class Trainer:
     def _rate(self, stage: Stage) -> float:
         """Warm up, hold, and fall linearly in the last stage, which runs to its end."""
         left = 1.0
-        if stage is STAGES[-1]:
+        if stage is self.recipe.stages[-1]:
             left = 1 - self.step_in_stage / stage.most_steps
         return min(1.0, (self.step + 1) / WARM_UP) * max(left, 0.01)
 
     def _length(self, stage: Stage) -> int:
         """That of the stage, but for one batch in three, which recalls an earlier one."""
-        earlier = [s.length for s in STAGES if s.length < stage.length]
+        earlier = [s.length for s in self.recipe.stages if s.length < stage.length]
         if earlier and self.rng.random() < EARLIER_SHARE:
             return self.rng.choice(earlier)
         return stage.length
@@ -233,8 +235,8 @@ class Trainer:
     def run(self, minutes: float, report: Any) -> None:
         """Train on until the last stage is over or the minutes are; checkpoints once a minute."""
         started, saved, before = time.perf_counter(), time.perf_counter(), self.seconds
-        while self.stage < len(STAGES):
-            stage = STAGES[self.stage]
+        while self.stage < len(self.recipe.stages):
+            stage = self.recipe.stages[self.stage]
             loss = self.one_step(stage)
             now = time.perf_counter()
             self.seconds = before + now - started

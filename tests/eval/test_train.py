@@ -12,18 +12,12 @@ from gkv_vllm.eval.vocabulary import SIZE, tokenizer
 
 SMALL = train.Recipe(
     layers=1, hidden=32, intermediate=32, heads=2, kv_heads=1, tokens_per_step=512,
-    tasks=("ledger", "prose"),
+    tasks=("ledger", "prose"), stages=(train.Stage(64, 4, 1.01), train.Stage(96, 4, 1.01)),
 )  # fmt: skip
-STAGES = (train.Stage(64, 4, 1.01), train.Stage(96, 4, 1.01))
 
 
 def silent(*args):
     pass
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    monkeypatch.setattr(train, "STAGES", STAGES)
 
 
 def weights(trainer):

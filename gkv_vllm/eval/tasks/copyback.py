@@ -28,8 +28,9 @@ class Copyback:
 
     def draw(self, rng: random.Random, length: int) -> Document:
         symbols = rng.choice([n for n in LENGTHS if 2 * n + 12 <= length])
-        # At one distance, a model learns the distance instead of what stands there.
-        length = rng.randint(2 * symbols + 12, length)
+        # At one distance, a model learns the distance instead of what stands there. The larger of
+        # two: far recalls are harder to learn.
+        length = max(rng.randint(2 * symbols + 12, length) for _ in range(2))
         return self.compose(rng, length, symbols, in_prompt=rng.random() < 0.5)
 
     def compose(self, rng: random.Random, length: int, symbols: int, in_prompt: bool) -> Document:

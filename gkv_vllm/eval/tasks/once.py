@@ -29,8 +29,9 @@ class Once:
     name: str = "once"
 
     def draw(self, rng: random.Random, length: int) -> Document:
-        # At one distance, a model learns the distance instead of what stands there.
-        length = rng.randint(min(length, 60), length)
+        # At one distance, a model learns the distance instead of what stands there. The larger of
+        # two: far recalls are harder to learn.
+        length = max(rng.randint(min(length, 60), length) for _ in range(2))
         fitting = [n for n in LENGTHS if 2 * (n + 3) + 40 <= length] or LENGTHS[:1]
         symbols = rng.choice(fitting)
         most = max(1, min(len(OWNERS), (length - 30) // (2 * (symbols + 3))))
