@@ -43,7 +43,7 @@ SAMPLE_SECONDS = 0.25
 SETTLE_SECONDS = 5.0
 # vLLM collects this many tokens into one event of a stream; fewer events leave the cores to it.
 STREAM_INTERVAL = 16
-EXAM = EXAMS["ledger"]
+EXAM = EXAMS["ledger-free"]
 PROMPT_ROOM = 128
 EXCERPT_WORDS = 60
 

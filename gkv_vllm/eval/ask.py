@@ -6,13 +6,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from gkv_vllm.config import ConfigError
 from gkv_vllm.eval.exams import Exam, Question
+from gkv_vllm.eval.script import ARGUMENT, NAME, OWN
+from gkv_vllm.eval.vocabulary import PAD, encode
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
+    from openai.types import CompletionChoice
 
 LOOP_UNIT, LOOP_WORDS = 32, 96
 """A text loops when its last 96 words repeat a unit of at most 32."""
@@ -35,7 +39,7 @@ class Prediction:
     broken: int
     loops: bool
     loss: float | None = None
-    """Mean negative log-probability of the text's words under the model without eviction, nats."""
+    """Mean negative log-probability of a document's words as they were read, nats per word."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,6 +74,47 @@ def predict(exam: Exam, question: Question, text: str, finish_reason: str, far: 
     )
 
 
+def script(exam: Exam, question: Question) -> list[int]:
+    """The token at each place of the text, `OWN` where the model answers; empty if it writes all.
+
+    The word that ends a text is not in it: the text is over when it is long enough."""
+    if exam.mode == "writes":
+        return []
+    tokens = encode(list(question.document))
+    if exam.mode == "answers":
+        for answer in question.asked:
+            for at in question.owned(answer):
+                tokens[at] = OWN
+    return tokens
+
+
+def said(exam: Exam, question: Question, choice: CompletionChoice) -> tuple[str, float | None]:
+    """What the model said, and for documents that it reads their mean loss in nats per word.
+
+    Raises ConfigError if the text is not the document's where it has to be."""
+    words = choice.text.split()
+    if exam.mode == "writes":
+        return choice.text, None
+    own = {at for answer in question.asked for at in question.owned(answer)}
+    given = [at for at in range(len(question.document)) if exam.mode == "reads" or at not in own]
+    if len(words) != len(question.document) or any(
+        words[at] != question.document[at] for at in given
+    ):
+        raise ConfigError(
+            f"a text of {exam.name} is not the one that was asked for: start the server with "
+            f"--logits-processors {NAME}"
+        )
+    if exam.mode == "answers":
+        return choice.text, None
+    found = choice.logprobs
+    assert found is not None and found.top_logprobs is not None
+    for at in own:
+        best = found.top_logprobs[at]
+        words[at] = max(best, key=lambda word: best[word]).strip() or PAD
+    each = [x for x in found.token_logprobs or [] if x is not None]
+    return " ".join(words), -sum(each) / len(each)
+
+
 async def ask_all(
     client: AsyncOpenAI,
     model: str,
@@ -79,46 +124,31 @@ async def ask_all(
     far: int,
     done: Callable[[], None],
 ) -> list[Prediction]:
-    """All questions at once, in the order given. openai.OpenAIError when the server refuses one."""
+    """All questions at once, in the order given.
+
+    openai.OpenAIError when the server refuses one, ConfigError when it does not follow a script."""
 
     async def one(question: Question) -> Prediction:
+        sampling = question.sampling
+        scripted = script(exam, question)
+        body: dict[str, Any] = {"vllm_xargs": {**xargs, ARGUMENT: scripted} if scripted else xargs}
+        if scripted:
+            # No word may end such a text, or be left out of it.
+            body |= {"ignore_eos": True, "skip_special_tokens": False}
+        if "min_p" in sampling:
+            body["min_p"] = sampling["min_p"]
         response = await client.completions.create(
             model=model,
             prompt=question.text,
             max_tokens=question.max_tokens,
-            temperature=question.sampling["temperature"],
-            seed=question.sampling.get("seed"),
-            extra_body={
-                "vllm_xargs": xargs,
-                **({"min_p": question.sampling["min_p"]} if "min_p" in question.sampling else {}),
-            },
+            temperature=sampling["temperature"],
+            seed=sampling.get("seed"),
+            logprobs=1 if exam.mode == "reads" else None,
+            extra_body=body,
         )
         done()
         (choice,) = response.choices
-        return predict(exam, question, choice.text, choice.finish_reason, far)
+        text, loss = said(exam, question, choice)
+        return replace(predict(exam, question, text, choice.finish_reason, far), loss=loss)
 
     return list(await asyncio.gather(*(one(question) for question in questions)))
-
-
-async def losses(
-    client: AsyncOpenAI, model: str, texts: Sequence[tuple[str, str]]
-) -> list[float | None]:
-    """Mean loss in nats of each text after its prompt, read whole and without eviction.
-
-    None for an empty text. A text that repeats itself is cheap: read it beside the loop rate."""
-
-    async def one(prompt: str, text: str) -> float | None:
-        if not text.split():
-            return None
-        response = await client.completions.create(
-            model=model,
-            prompt=f"{prompt} {text}",
-            max_tokens=1,
-            temperature=0.0,
-            extra_body={"prompt_logprobs": 0, "vllm_xargs": {"kv_policy": "none"}},
-        )
-        given = response.choices[0].prompt_logprobs[len(prompt.split()) :]  # type: ignore[attr-defined]
-        each = [next(iter(token.values()))["logprob"] for token in given]
-        return -sum(each) / len(each)
-
-    return list(await asyncio.gather(*(one(*pair) for pair in texts)))

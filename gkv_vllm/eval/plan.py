@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gkv_vllm.config import NO_POLICY, ConfigError, KVPolicyConfig, unknown_key
+from gkv_vllm.eval import script
 from gkv_vllm.eval.exams import EXAMS
 from gkv_vllm.policies import registry
 
@@ -40,13 +41,13 @@ class ServerPlan:
             "--enforce-eager",
             "--dtype", plan.dtype,
             "--block-size", str(self.block_size),
-            # One more than any text: a loss is asked for with a token to generate.
-            "--max-model-len", str(plan.length + 1),
+            "--max-model-len", str(plan.length),
             "--max-num-seqs", str(plan.concurrency),
             # Chunked prompts with a seed end stock vLLM on a CPU: let all prompts fit one step.
             "--max-num-batched-tokens", str(plan.concurrency * plan.length),
             "--num-gpu-blocks-override",
             str(plan.concurrency * (plan.length // self.block_size + 2) + 1),
+            "--logits-processors", script.NAME,
             "--additional-config", json.dumps({"kv_policy": settings}),
         ]  # fmt: skip
 

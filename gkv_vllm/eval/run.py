@@ -127,6 +127,7 @@ class Runner:
             "concurrency": plan.concurrency,
             "samples": plan.samples,
             "first_seed": plan.first_seed,
+            "mode": EXAMS[cell.exam].mode,
             "sampling": dict(EXAMS[cell.exam].sampling),
             "attached": self.url,
         }
@@ -165,12 +166,6 @@ class Runner:
         counted = {
             name: round(after.get(metric) - before.get(metric)) for name, metric in COUNTED.items()
         }
-        if exam.task == "prose":
-            each = await ask.losses(client, model, [(p.prompt, p.text) for p in predictions])
-            predictions = [
-                replace(prediction, loss=loss)
-                for prediction, loss in zip(predictions, each, strict=True)
-            ]
         metrics = cell_metrics(predictions, {**counted, "seconds": round(seconds, 2)})
         self.store.write(cell.name, predictions, metrics, self._config(server, cell))
 

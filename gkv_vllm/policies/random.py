@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,13 +33,31 @@ class Random(Policy):
     Every layer and KV head draws for itself, unless they share a kept set. The draw depends on the
     seed, the request and the number of its evictions, and on nothing else: the same request loses
     the same tokens in whatever company it runs, and over however many tensor-parallel ranks: each
-    draws for all heads of the model, and takes what its own got."""
+    draws for all heads of the model, and takes what its own got.
 
-    needs: ClassVar[Needs] = Needs(seeded=True)
+    `redraw` draws anew at each eviction: a token that survives each with probability p is there
+    after k of them with p^k, so old tokens are rare. Without it a token has one number for its
+    life, and what stays is a uniform sample of all that ever competed (reservoir sampling)."""
 
     seed: int = 0
+    redraw: bool = True
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        return Needs(seeded=True, history=not self.redraw)
+
+    def update(self, view: View) -> Tensor:
+        assert view.history is not None
+        is_new = torch.arange(view.num_units, device=view.device) >= view.remembered
+        return torch.where(is_new, self._draw(view), view.history)
 
     def score(self, view: View) -> Tensor:
+        if self.redraw:
+            return self._draw(view)
+        assert view.history is not None
+        return view.history
+
+    def _draw(self, view: View) -> Tensor:
         caches = view.ops.caches
         shape = (view.num_layers, caches.model_heads or view.kv_heads, view.num_units)
         of_model = draw(view, self.seed, shape)

@@ -21,7 +21,7 @@ def test_a_repeating_end_is_a_loop():
 
 
 def test_a_text_is_graded_with_its_prompt():
-    exam = EXAMS["ledger"]
+    exam = EXAMS["ledger-free"]
     question = exam.question(0, 128)
     name, value = question.prompt[1][0], question.prompt[2]
     found = predict(exam, question, f"{name}? {value} ; {name}? x ;", "length", far=5)

@@ -49,13 +49,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Answer:
-    """One word of a text that something said before decides."""
+    """A word of a text, or two, that something said before decides."""
 
     position: int
-    """Its index among all words, the prompt's included."""
+    """Index of its last word among all words, the prompt's included."""
     age: int
     """Words since what decides it was last written."""
     right: bool
+    words: int = 1
 
 
 @dataclass(frozen=True)

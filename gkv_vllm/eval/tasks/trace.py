@@ -125,12 +125,12 @@ def _grade_line(
             return
         at = first + 2 * slot + 1
         right = said[2 * slot : 2 * slot + 2] == [f"{name}?", values[name]]
-        answers.append(Answer(at, at - seen[name], right))
+        answers.append(Answer(at, at - seen[name], right, words=2))
         seen[name] = at if right else seen[name]
         shown.append(said[2 * slot + 1])
     if len(said) < 6:
         return
     total = sum(map(int, shown)) % 10 if all(word in DIGITS for word in shown) else None
-    answers.append(Answer(first + 5, 2, said[4:6] == [f"{line[2]}=", str(total)]))
+    answers.append(Answer(first + 5, 2, said[4:6] == [f"{line[2]}=", str(total)], words=2))
     if said[5] in DIGITS:
         values[line[2]], seen[line[2]] = said[5], first + 5
