@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -182,10 +183,49 @@ def test_random_keeps_every_unit_equally_often(scope: str) -> None:
     assert all(abs(count - draws * share) < tolerance for count in kept.values())
 
 
+def survivors(policy: Random, keys: int) -> Tensor:
+    """How often each of 18 units is among 4 kept, after 3 evictions with 8, 12 and 18 seen.
+
+    [units], of the first layer and head."""
+    kept_often, kept, seen_first = torch.zeros(18), 4, a_view()
+    for key in range(keys):
+        history, held = torch.zeros(1, 1, 0), torch.arange(0)
+        for event, (past, seen) in enumerate(pairwise((0, 8, 12, 18))):
+            new = torch.arange(past, seen)
+            units = torch.cat([held, new])
+            view = replace(
+                seen_first, key=key, event=event, num_candidates=len(units), remembered=len(held),
+                history=torch.nn.functional.pad(history, (0, len(new))).expand(2, 2, -1),
+            )  # fmt: skip
+            if policy.needs.history:
+                view = replace(view, history=policy.update(view))
+            scores = policy.score(view)[:1, :1]
+            chosen = scores.flatten().topk(kept).indices.sort().values
+            assert view.history is not None
+            history, held = view.history[:1, :1, chosen], units[chosen]
+        kept_often[held] += 1
+    return kept_often / keys
+
+
+def test_one_draw_for_life_keeps_a_uniform_sample_of_all_that_was() -> None:
+    draws, share = 600, 4 / 18
+    tolerance = 6 * (share * (1 - share) / draws) ** 0.5
+    once, again = survivors(Random(redraw=False), draws), survivors(Random(), draws)
+    assert (once - share).abs().max() < tolerance
+    # Redrawn, the oldest survive 4/8, 4/8 and 4/10 of the time.
+    assert (again[:8] - 0.5 * 0.5 * 0.4).abs().max() < tolerance
+    assert (again[12:] - 0.4).abs().max() < tolerance
+
+
 @pytest.mark.parametrize(
     "policy, needs",
-    [(Recency(), Needs()), (StreamingLLM(), Needs()), (Random(), Needs(seeded=True))],
-    ids=["recency", "streaming_llm", "random"],
+    [
+        (Recency(), Needs()),
+        (StreamingLLM(), Needs()),
+        (Random(), Needs(seeded=True)),
+        (Random(redraw=False), Needs(seeded=True, history=True)),
+    ],
+    ids=["recency", "streaming_llm", "random", "random once"],
 )
 def test_policies_by_place_cost_nothing(policy: Policy, needs: Needs) -> None:
     assert policy.needs == needs
