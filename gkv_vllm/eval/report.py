@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from gkv_vllm.config import ConfigError, unknown_key
-from gkv_vllm.eval.statistics import compare, holm, per_text, share
+from gkv_vllm.eval.statistics import compare, holm, per_text, ratio, share
 from gkv_vllm.eval.store import Store
 
 FEW_QUESTIONS = 0.7
 HEADER = (
-    "| server | budget | protect | accuracy (95 %) | of full | far | far asked | all right | "
+    "| server | budget | protect | accuracy (95 %) | of full (95 %) | far | far asked | all right | "
     "vs baseline | p | win/tie/loss | words | loops | astray | evictions |\n" + "|---" * 15 + "|"
 )
 
@@ -53,14 +53,21 @@ def _row(
     row |= {"far": None if far.value != far.value else far.value}
     full = texts.get(f"{config['exam']}__full")
     if config["budget"] is not None and full is not None:
-        whole = share(list(per_text(full).values())).value
-        row["of_full"] = all_of.value / whole if whole else None
+        row |= _of_full(own, per_text(full))
         row["questions"] = _asked(texts[name]) / _asked(full) if _asked(full) else None
     other = f"{config['exam']}__{baseline}__b{config['budget']}__{config['protect']}"
     # Where nothing was evicted on either side there is nothing to compare.
     if other in texts and other != name and row["evicted"] and store.metrics(other)["evicted"]:
         row["against"] = _paired(own, per_text(texts[other]))
     return row
+
+
+def _of_full(own: dict[int, float], full: dict[int, float]) -> dict[str, float | None]:
+    """The share of the full cache's accuracy, paired by text, with its interval."""
+    seeds = sorted(own.keys() & full.keys())
+    found = asdict(ratio([own[seed] for seed in seeds], [full[seed] for seed in seeds]))
+    names = {"value": "of_full", "low": "of_full_low", "high": "of_full_high"}
+    return {new: None if found[old] != found[old] else found[old] for old, new in names.items()}
 
 
 def _asked(predictions: Sequence[dict[str, Any]]) -> int:
@@ -135,6 +142,13 @@ def _shown(value: float | None, digits: int = 3) -> str:
     return "" if value is None or value != value else f"{value:.{digits}f}"
 
 
+def _interval(row: dict[str, Any]) -> str:
+    if row.get("of_full") is None:
+        return ""
+    low, high = _shown(row["of_full_low"]), _shown(row["of_full_high"])
+    return f"{_shown(row['of_full'])} ({low} to {high})"
+
+
 def _line(row: dict[str, Any]) -> str:
     paired = row.get("against") or {}
     star = "*" if paired.get("significant") else ""
@@ -146,7 +160,7 @@ def _line(row: dict[str, Any]) -> str:
         str(row["budget"] or ""),
         row["protect"],
         f"{_shown(row['accuracy'])} ({_shown(row['low'])} to {_shown(row['high'])})",
-        _shown(row.get("of_full")),
+        _interval(row),
         _shown(row["far"]),
         f"{row['answers_far']}",
         _shown(row["all_right"]),

@@ -17,7 +17,7 @@ from gkv_vllm.config import ConfigError, unknown_key
 from gkv_vllm.eval import ask
 from gkv_vllm.eval.exams import EXAMS
 from gkv_vllm.eval.plan import Cell, Plan, ServerPlan
-from gkv_vllm.eval.store import Store
+from gkv_vllm.eval.store import Store, commit
 from gkv_vllm.serving import Endpoint, generated, openai_client, serve, settled
 
 if TYPE_CHECKING:
@@ -166,7 +166,8 @@ class Runner:
         counted = {
             name: round(after.get(metric) - before.get(metric)) for name, metric in COUNTED.items()
         }
-        metrics = cell_metrics(predictions, {**counted, "seconds": round(seconds, 2)})
+        measured = {**counted, "seconds": round(seconds, 2), "commit": commit()}
+        metrics = cell_metrics(predictions, measured)
         self.store.write(cell.name, predictions, metrics, self._config(server, cell))
 
 

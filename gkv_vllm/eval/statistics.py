@@ -72,6 +72,23 @@ def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> C
     )
 
 
+def ratio(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Share:
+    """Mean of the first over mean of the second, texts drawn again in pairs for the interval.
+
+    NaN throughout where the second's mean is 0. ValueError unless both have as many."""
+    a, b = np.asarray(first, float), np.asarray(second, float)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"paired numbers must be two equal lists, got {a.shape} and {b.shape}")
+    if not len(b) or not b.mean():
+        return Share(float("nan"), float("nan"), float("nan"))
+    drawn = np.random.default_rng(seed).integers(0, len(b), (RESAMPLES, len(b)))
+    of = b[drawn].mean(1)
+    low, high = np.quantile(
+        a[drawn].mean(1)[of > 0] / of[of > 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    )
+    return Share(float(a.mean() / b.mean()), float(low), float(high))
+
+
 def holm(p_values: Sequence[float]) -> list[bool]:
     """Which of several tests are significant together (Holm's step-down at the 5 % level)."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])

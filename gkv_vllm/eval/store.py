@@ -75,7 +75,7 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": _processor(),
@@ -83,7 +83,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the code that is running, `-dirty` where it was changed since."""
     here = Path(__file__).parent
     ran = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True

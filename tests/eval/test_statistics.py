@@ -5,7 +5,7 @@
 import numpy as np
 import pytest
 
-from gkv_vllm.eval.statistics import compare, holm, per_text, share
+from gkv_vllm.eval.statistics import compare, holm, per_text, ratio, share
 
 
 def test_equal_lists_differ_by_nothing():
@@ -70,3 +70,18 @@ def test_lists_of_different_lengths_are_refused():
 
 def test_a_text_without_answers_has_none_right():
     assert per_text([{"seed": 3, "right": 0, "answers": 0}]) == {3: 0.0}
+
+
+def test_a_ratio_is_paired_by_text():
+    full, half = [0.2, 0.4, 1.0, 0.8], [0.1, 0.2, 0.5, 0.4]
+    found = ratio(half, full)
+    # Whatever texts are drawn, half of each is half of all.
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    wide = ratio([0.0, 1.0] * 8, [1.0] * 16)
+    assert wide.value == 0.5 and 0.2 < wide.low < 0.4 < 0.6 < wide.high < 0.8
+
+
+def test_a_share_of_nothing_is_no_number():
+    assert np.isnan(ratio([0.0, 0.0], [0.0, 0.0]).value) and np.isnan(ratio([], []).low)
+    with pytest.raises(ValueError, match="equal lists"):
+        ratio([1.0], [1.0, 2.0])
