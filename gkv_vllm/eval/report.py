@@ -17,8 +17,10 @@ from gkv_vllm.eval.store import Store
 
 FEW_QUESTIONS = 0.7
 HEADER = (
-    "| server | budget | protect | accuracy (95 %) | of full (95 %) | far | far asked | all right | "
-    "vs baseline | p | win/tie/loss | words | loops | astray | evictions |\n" + "|---" * 15 + "|"
+    "| server | budget | protect | accuracy (95 %) | of full (95 %) | far | far asked "
+    "| all right | vs baseline | p | win/tie/loss | words | loops | astray | evictions |\n"
+    + "|---" * 15
+    + "|"
 )
 
 
