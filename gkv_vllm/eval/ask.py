@@ -40,6 +40,8 @@ class Prediction:
     loops: bool
     loss: float | None = None
     """Mean negative log-probability of a document's words as they were read, nats per word."""
+    request: str = ""
+    """The id of the server's response."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,16 +125,19 @@ async def ask_all(
     xargs: dict[str, Any],
     far: int,
     done: Callable[[], None],
+    record: int = 0,
 ) -> list[Prediction]:
-    """All questions at once, in the order given.
+    """All questions at once, in the order given; the first `record` ask to be recorded.
 
     openai.OpenAIError when the server refuses one, ConfigError when it does not follow a script."""
 
-    async def one(question: Question) -> Prediction:
+    async def one(question: Question, recorded: bool) -> Prediction:
         sampling = question.sampling
         scripted = script(exam, question)
-        body: dict[str, Any] = {"vllm_xargs": {**xargs, ARGUMENT: scripted} if scripted else xargs}
+        arguments = {**xargs, **({"kv_record": 1} if recorded else {})}
+        body: dict[str, Any] = {"vllm_xargs": arguments}
         if scripted:
+            arguments[ARGUMENT] = scripted
             # No word may end such a text, or be left out of it.
             body |= {"ignore_eos": True, "skip_special_tokens": False}
         if "min_p" in sampling:
@@ -149,6 +154,8 @@ async def ask_all(
         done()
         (choice,) = response.choices
         text, loss = said(exam, question, choice)
-        return replace(predict(exam, question, text, choice.finish_reason, far), loss=loss)
+        graded = predict(exam, question, text, choice.finish_reason, far)
+        return replace(graded, loss=loss, request=response.id)
 
-    return list(await asyncio.gather(*(one(question) for question in questions)))
+    asked = (one(question, number < record) for number, question in enumerate(questions))
+    return list(await asyncio.gather(*asked))

@@ -28,14 +28,15 @@ class ServerPlan:
     block_size: int
     cells: tuple[Cell, ...]
 
-    def arguments(self, plan: Plan) -> list[str]:
-        """Flags of `vllm serve`."""
+    def arguments(self, plan: Plan, records: Path) -> list[str]:
+        """Flags of `vllm serve`; records go to the folder `records`, if the plan wants any."""
         budgets = [cell.budget for cell in self.cells if cell.budget] or [plan.length]
         settings = {
             **self.kv_policy,
             "budget": max(budgets),
             "min_budget": min(budgets),
             "reserve_prompt": plan.length,
+            **({"record_positions": str(records.resolve())} if plan.record else {}),
         }
         return [
             "--enforce-eager",
@@ -92,6 +93,8 @@ class Plan:
     concurrency: int = 32
     block_size: int = 32
     dtype: str = "bfloat16"
+    record: int = 0
+    """So many texts of each cell are recorded, for the pages of `python -m gkv_vllm.view`."""
     common: Mapping[str, Any] = field(default_factory=dict)
     """Settings of all servers."""
 
@@ -105,6 +108,8 @@ class Plan:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number above 0, got {value!r}")
+        if isinstance(self.record, bool) or not isinstance(self.record, int) or self.record < 0:
+            raise ConfigError(f"record must be a whole number, 0 or more, got {self.record!r}")
         for name, kind in (("exams", str), ("budgets", int), ("protect", str)):
             _check_list(name, getattr(self, name), kind)
         if not isinstance(self.servers, Mapping) or not self.servers:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FAR = 256
 """An answer whose fact was last written more words ago is counted apart as well."""
 SETTLE_SECONDS = 10.0
+RECORD_SECONDS = 10.0
 CELL_SECONDS = 3600.0
 """An answer may take this long."""
 COUNTED = {
@@ -101,7 +102,9 @@ class Runner:
             yield _attached(self.url, server)
             return
         log = self.store.root / "logs" / f"{server.label}.log"
-        with serve(self.plan.model, *server.arguments(self.plan), log=log) as running:
+        with serve(
+            self.plan.model, *server.arguments(self.plan, self._records), log=log
+        ) as running:
             yield running
 
     async def _cells(self, running: Endpoint, server: ServerPlan, due: Sequence[Cell]) -> None:
@@ -159,7 +162,10 @@ class Runner:
             self.report(cell.name, count, len(questions))
 
         before, started = running.metrics(), time.perf_counter()
-        predictions = await ask.ask_all(client, model, exam, questions, cell.xargs, FAR, done)
+        record = 0 if cell.budget is None else plan.record
+        predictions = await ask.ask_all(
+            client, model, exam, questions, cell.xargs, FAR, done, record
+        )
         seconds = time.perf_counter() - started
         tokens = generated(before) + sum(p.words for p in predictions)
         after = await settled(running, tokens, SETTLE_SECONDS)
@@ -168,7 +174,25 @@ class Runner:
         }
         measured = {**counted, "seconds": round(seconds, 2), "commit": commit()}
         metrics = cell_metrics(predictions, measured)
-        self.store.write(cell.name, predictions, metrics, self._config(server, cell))
+        records = [await self._record(prediction) for prediction in predictions[:record]]
+        self.store.write(cell.name, predictions, metrics, self._config(server, cell), records)
+
+    @property
+    def _records(self) -> Path:
+        """Where servers write what the plan wants recorded."""
+        return self.store.root / "records"
+
+    async def _record(self, prediction: ask.Prediction) -> Path:
+        """The file of a request that was recorded; ConfigError if none comes."""
+        until = time.monotonic() + RECORD_SECONDS
+        while not (found := sorted(self._records.glob(f"{prediction.request}*.npz"))):
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"no record of {prediction.request} in {self._records}: with --url, start the "
+                    f"server with --kv-record-positions {self._records.resolve()}"
+                )
+            await asyncio.sleep(0.1)
+        return found[0]
 
 
 def _attached(url: str, server: ServerPlan) -> Endpoint:

@@ -33,7 +33,9 @@ class Store:
         predictions: Sequence[Prediction],
         metrics: dict[str, Any],
         config: dict[str, Any],
+        records: Sequence[Path] = (),
     ) -> None:
+        """`records` are moved into the cell, named after the seeds of the first predictions."""
         partial = self.root / f".{cell}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -41,6 +43,8 @@ class Store:
         (partial / PREDICTIONS).write_text("".join(lines))
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (partial / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+        for prediction, record in zip(predictions, records, strict=False):
+            record.rename(partial / f"{prediction.seed}.npz")
         shutil.rmtree(self.root / cell, ignore_errors=True)
         partial.rename(self.root / cell)
 

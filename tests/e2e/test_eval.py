@@ -11,7 +11,10 @@ import pytest
 import yaml
 
 from gkv_vllm.eval.__main__ import main
+from gkv_vllm.eval.exams import EXAMS
 from gkv_vllm.eval.store import Store
+from gkv_vllm.eval.vocabulary import encode
+from gkv_vllm.record import read_record
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -22,6 +25,7 @@ PLAN = {
     "concurrency": 6,
     "exams": ["ledger", "prose"],
     "budgets": [96, 400],
+    "record": 1,
     "common": {"interval": 32},
     "servers": {"gkv": {"policy": "gkv"}},
 }
@@ -70,3 +74,24 @@ def test_what_is_measured_is_not_measured_again(measured):
     assert main(["run", str(measured / "plan.yaml"), "--out", str(measured / "out")]) == 0
     assert (cell / "metrics.json").stat().st_mtime_ns == before
     assert json.loads((cell / "config.json").read_text())["length"] == 448
+
+
+def test_the_first_text_of_each_cell_is_recorded(measured):
+    store = Store(measured / "out")
+    first = store.predictions("ledger__gkv__b96__none")[0]
+    record = read_record(store.root / "ledger__gkv__b96__none" / f"{first['seed']}.npz")
+    assert record.header.budget == 96 and len(list(record.events())) >= 8
+    words = encode([*first["prompt"].split(), *first["text"].split()])
+    assert record.token_ids.tolist()[: len(words)] == words
+    assert not list(store.root.glob("*__full/*.npz"))
+    # Of what was given, each word is the document's, whatever was evicted.
+    question = EXAMS["ledger"].question(first["seed"], 448)
+    own = {at for answer in question.asked for at in question.owned(answer)}
+    said = first["text"].split()
+    assert all(said[at] == w for at, w in enumerate(question.document) if at not in own)
+
+
+def test_what_is_read_costs_more_where_it_was_forgotten(measured):
+    store = Store(measured / "out")
+    full, small = (store.metrics(f"prose__{cell}") for cell in ("full", "gkv__b96__none"))
+    assert small["loss"] > full["loss"] and small["accuracy"] <= full["accuracy"]

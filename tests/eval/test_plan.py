@@ -30,7 +30,7 @@ def test_full_cache_runs_once_and_every_combination_once():
 def test_a_server_takes_all_budgets_of_its_cells():
     plan = Plan(**PLAN)
     for server in plan.server_plans():
-        arguments = server.arguments(plan)
+        arguments = server.arguments(plan, Path("records"))
         settings = json.loads(arguments[arguments.index("--additional-config") + 1])["kv_policy"]
         config = KVPolicyConfig.from_mapping(settings)
         config.check_block_size(server.block_size)
@@ -91,3 +91,12 @@ def test_the_plans_of_the_repository_are_valid(path):
 
 def test_there_are_plans():
     assert len(PLANS) >= 6
+
+
+def test_only_a_plan_that_wants_records_makes_servers_write_them(tmp_path):
+    for record in (0, 2):
+        plan = Plan(**{**PLAN, "record": record})
+        settings = [server.arguments(plan, tmp_path)[-1] for server in plan.server_plans()]
+        assert all((str(tmp_path) in text) == bool(record) for text in settings)
+    with pytest.raises(ConfigError, match="record must be a whole number"):
+        Plan(**{**PLAN, "record": -1})
