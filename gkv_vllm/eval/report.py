@@ -27,8 +27,8 @@ HEADER = (
 def rows(store: Store, baseline: str) -> list[dict[str, Any]]:
     """One row per cell: shares, intervals, and paired comparisons with the baseline's cell.
 
-    Raises ConfigError when no cell is there, or none of the baseline."""
-    cells = {name: store.config(name) for name in store.cells()}
+    In the order of the plan. Raises ConfigError when no cell is there, or none of the baseline."""
+    cells = store.in_order()
     if not cells:
         raise ConfigError(f"{store.root} holds no finished cell")
     servers = sorted({config["server"] for config in cells.values()})
@@ -111,22 +111,29 @@ def tables(found: Iterable[dict[str, Any]], baseline: str) -> str:
     return "\n".join(parts)
 
 
-def summary(found: Sequence[dict[str, Any]]) -> str:
-    """One Markdown table: servers down, exams and budgets across; shares of the full cache's
+def summary(found: Sequence[dict[str, Any]], budget: int) -> str:
+    """One Markdown table of a budget: servers down, exams across; shares of the full cache's
     accuracy. `*`: significantly different from the baseline; `?`: the texts ask for less than they
     would; `!`: nothing was evicted."""
-    kept = [row for row in found if row["budget"] is not None]
-    columns = sorted({(r["exam"], r["protect"], -r["budget"]) for r in kept})
-    names = [f"{exam}, {-budget}, {protect}" for exam, protect, budget in columns]
+    kept = [row for row in found if row["budget"] == budget]
+    columns = list(dict.fromkeys((r["exam"], r["protect"]) for r in kept))
+    several = len({protect for _, protect in columns}) > 1
+    names = [f"{exam}, {protect}" if several else exam for exam, protect in columns]
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(columns) + 1) + "|"]
     full = {row["exam"]: row["accuracy"] for row in found if row["budget"] is None}
-    whole = [_shown(full.get(exam)) for exam, _, _ in columns]
+    whole = [_shown(full.get(exam)) for exam, _ in columns]
     lines.append(f"| full cache: accuracy | {' | '.join(whole)} |")
-    shares = {(r["server"], r["exam"], r["protect"], -r["budget"]): _share(r) for r in kept}
+    shares = {(r["server"], r["exam"], r["protect"]): _share(r) for r in kept}
     for server in dict.fromkeys(row["server"] for row in kept):
         cells = [shares.get((server, *column), "") for column in columns]
         lines.append(f"| {server} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def summaries(found: Sequence[dict[str, Any]]) -> str:
+    """The summary of every budget, the largest first, each under its heading."""
+    budgets = sorted({row["budget"] for row in found if row["budget"]}, reverse=True)
+    return "\n\n".join(f"Budget {budget}:\n\n{summary(found, budget)}" for budget in budgets)
 
 
 def _share(row: dict[str, Any]) -> str:
@@ -184,7 +191,7 @@ def write(store: Store, baseline: str) -> list[Path]:
     found = rows(store, baseline)
     report, numbers = store.root / "report.md", store.root / "report.json"
     report.write_text(
-        f"# {store.root.name}\n\n{summary(found)}\n\nShares of the accuracy with the full cache; "
+        f"# {store.root.name}\n\n{summaries(found)}\n\nShares of the accuracy with the full cache; "
         "`*`: significantly different from the baseline, `?`: the texts have less than 70 % of "
         "the full cache's far answers, so that accuracy flatters; `!`: nothing was evicted.\n\n"
         + tables(found, baseline)

@@ -17,7 +17,7 @@ from gkv_vllm.config import ConfigError, unknown_key
 from gkv_vllm.eval import ask
 from gkv_vllm.eval.exams import EXAMS
 from gkv_vllm.eval.plan import Cell, Plan, ServerPlan
-from gkv_vllm.eval.store import Store, commit
+from gkv_vllm.eval.store import PLAN, Store, commit
 from gkv_vllm.serving import Endpoint, generated, openai_client, serve, settled
 
 if TYPE_CHECKING:
@@ -274,5 +274,5 @@ def regrade(store: Store) -> int:
 def open_store(out: Path, plan_file: Path) -> Store:
     """The folder of a run, with a copy of its plan."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "plan.yaml").write_text(plan_file.read_text())
+    (out / PLAN).write_text(plan_file.read_text())
     return Store(out)

@@ -16,6 +16,7 @@ from typing import Any
 from gkv_vllm.eval.ask import Prediction
 
 PREDICTIONS, METRICS, CONFIG = "predictions.jsonl", "metrics.json", "config.json"
+PLAN = "plan.yaml"
 
 
 class Store:
@@ -51,6 +52,27 @@ class Store:
     def cells(self) -> list[str]:
         """The names of all cells that are there, sorted."""
         return sorted(path.parent.name for path in self.root.glob(f"*/{METRICS}"))
+
+    def in_order(self) -> dict[str, dict[str, Any]]:
+        """The config of each cell that is there, as the plan lists exams and servers; then what
+        the plan does not name, and without one all, by name."""
+        import yaml
+
+        plan = self.root / PLAN
+        text = plan.read_text() if plan.exists() else "{}"
+        listed = yaml.safe_load(text)
+        exams, servers = list(listed.get("exams", ())), list(listed.get("servers", ()))
+
+        def place(item: tuple[str, dict[str, Any]]) -> tuple[int, int, str]:
+            _, config = item
+            exam, server = config["exam"], config["server"]
+            return (
+                exams.index(exam) if exam in exams else len(exams),
+                servers.index(server) if server in servers else len(servers),
+                item[0],
+            )
+
+        return dict(sorted(((name, self.config(name)) for name in self.cells()), key=place))
 
     def metrics(self, cell: str) -> dict[str, Any]:
         return json.loads((self.root / cell / METRICS).read_text())

@@ -86,14 +86,27 @@ def test_a_cell_without_evictions_is_marked(store):
 
 
 def test_the_summary_has_shares_stars_and_marks(store):
-    lines = report.summary(report.rows(store, "gkv")).splitlines()
-    assert lines[0] == "| | ledger, 128, none |"
+    lines = report.summary(report.rows(store, "gkv"), 128).splitlines()
+    assert lines[0] == "| | ledger |"
     assert lines[2:] == [
         "| full cache: accuracy | 1.000 |",
         "| gkv | 0.900 |",
         "| lazy | 1.000! |",
         "| random | 0.450* |",
     ]
+
+
+def test_the_report_has_the_order_of_the_plan(store):
+    (store.root / "plan.yaml").write_text("exams: [ledger]\nservers: {random: , lazy: , gkv: }\n")
+    lines = report.summary(report.rows(store, "gkv"), 128).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[3:]] == ["random", "lazy", "gkv"]
+
+
+def test_each_budget_has_a_table(store):
+    fill(store, "gkv", 64, [5] * 12, 40)
+    text = report.summaries(report.rows(store, "gkv"))
+    assert text.index("Budget 128:") < text.index("Budget 64:")
+    assert text.endswith("| gkv | 0.500 |")
 
 
 def test_the_report_writes_numbers_and_plots(store):
