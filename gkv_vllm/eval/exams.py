@@ -89,9 +89,11 @@ class Exam:
         return Grade(answers, broken=0)
 
 
-def _once(symbols: int, in_prompt: bool) -> Callable[[random.Random, int], Document]:
+def _once(
+    symbols: int, in_prompt: bool, decoys: bool = False
+) -> Callable[[random.Random, int], Document]:
     def compose(rng: random.Random, length: int) -> Document:
-        return Once().compose(rng, length, len(OWNERS), symbols, in_prompt)
+        return Once().compose(rng, length, len(OWNERS), symbols, in_prompt, decoys)
 
     return compose
 
@@ -109,6 +111,8 @@ EXAMS = {
         Exam("ledger", "ledger", TASKS["ledger"].draw, "answers", GREEDY),
         Exam("once-3", "once", _once(3, in_prompt=False), "answers", GREEDY),
         Exam("once-10", "once", _once(10, in_prompt=False), "answers", GREEDY),
+        Exam("once-3-decoys", "once", _once(3, False, decoys=True), "answers", GREEDY),
+        Exam("once-10-decoys", "once", _once(10, False, decoys=True), "answers", GREEDY),
         Exam("once-3-prompt", "once", _once(3, in_prompt=True), "answers", GREEDY),
         Exam("once-10-prompt", "once", _once(10, in_prompt=True), "answers", GREEDY),
         Exam("copyback-40", "copyback", _copyback(40, in_prompt=False), "answers", GREEDY),

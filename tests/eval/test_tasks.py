@@ -8,7 +8,17 @@ import pytest
 
 from gkv_vllm.eval.exams import EXAMS
 from gkv_vllm.eval.tasks import TASKS
-from gkv_vllm.eval.vocabulary import DIGITS, IDS, SYMBOLS, WORDS, encode, tokenizer
+from gkv_vllm.eval.tasks.once import Once
+from gkv_vllm.eval.vocabulary import (
+    DIGITS,
+    IDS,
+    PLACES,
+    SYMBOLS,
+    VERBS,
+    WORDS,
+    encode,
+    tokenizer,
+)
 
 LENGTHS = (64, 100, 384, 1024, 2048)
 SEEDS = range(8)
@@ -203,3 +213,16 @@ def test_an_exam_asks_the_same_again_and_others_ask_differently(name):
     assert 512 - 8 < question.max_tokens + len(question.prompt) <= 512
     document = exam.compose(random.Random(f"{name} 512 1"), 512)
     assert exam.grade(question, document.words[document.prompt : 512]).accuracy == 1.0
+
+
+def test_decoys_are_no_passcode_and_no_filler():
+    for seed in range(3):
+        plain = Once().compose(random.Random(seed), 512, 4, 10, in_prompt=False)
+        decoyed = Once().compose(random.Random(seed), 512, 4, 10, in_prompt=False, decoys=True)
+        assert len(plain.words) == len(decoyed.words) and plain.weights == decoyed.weights
+        changed = [b for a, b in zip(plain.words, decoyed.words, strict=True) if a != b]
+        # A line has three words of its own.
+        assert changed and len(changed) == 3 * sum(word == "." for word in plain.words)
+        codes = {w for w in plain.words if w in SYMBOLS}
+        assert not codes & set(changed) and not {*PLACES, *VERBS} & set(decoyed.words)
+        assert TASKS["once"].grade(decoyed.words, decoyed.prompt).accuracy == 1.0

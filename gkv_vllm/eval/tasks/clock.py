@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from gkv_vllm.eval.tasks.base import Document
 from gkv_vllm.eval.vocabulary import HOURS, MINUTES, PLACES, VERBS
@@ -24,13 +25,20 @@ TURN_WEIGHT = 2.0
 """Of the first stamp and of full hours: rare, but a text that misses one is lost."""
 
 
-def line(document: Document, rng: random.Random, minutes_left: int, first: bool) -> None:
-    """A minute in which nothing that matters happens."""
+def line(
+    document: Document,
+    rng: random.Random,
+    minutes_left: int,
+    first: bool,
+    decoys: Sequence[str] = (),
+) -> None:
+    """A minute in which nothing that matters happens; told in `decoys`, where there are any."""
     if first or minutes_left % 60 == 0:
         document.answer(*stamp(minutes_left), weight=TURN_WEIGHT)
     else:
         document.known(*stamp(minutes_left))
-    document.free(rng.choice(PLACES), rng.choice(VERBS), rng.choice(PLACES))
+    pools = (decoys,) * 3 if decoys else (PLACES, VERBS, PLACES)
+    document.free(*(rng.choice(pool) for pool in pools))
     document.known(".")
 
 

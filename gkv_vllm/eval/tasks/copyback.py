@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 from gkv_vllm.eval.tasks import clock
 from gkv_vllm.eval.tasks.base import Answer, Document, Grade
-from gkv_vllm.eval.tasks.once import ANSWER_WEIGHT
-from gkv_vllm.eval.vocabulary import END, MINUTES, OF_PEOPLE, SYMBOLS, THINGS
+from gkv_vllm.eval.tasks.once import ANSWER_WEIGHT, POOL
+from gkv_vllm.eval.vocabulary import END, MINUTES
 
 LENGTHS = (5, 10, 20, 40)
 """Words of a span."""
-POOL = SYMBOLS + OF_PEOPLE + THINGS
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from gkv_vllm.eval.tasks import clock
 from gkv_vllm.eval.tasks.base import Answer, Document, Grade
-from gkv_vllm.eval.vocabulary import END, MINUTES, OWNERS, SYMBOLS
+from gkv_vllm.eval.vocabulary import END, MINUTES, OF_PEOPLE, OWNERS, SYMBOLS, THINGS
 
 ANSWER_WEIGHT = 4.0
 
 
+POOL = SYMBOLS + OF_PEOPLE + THINGS
 LENGTHS = (3, 5, 10)
 """Symbols of a passcode."""
 
@@ -39,10 +40,20 @@ class Once:
         return self.compose(rng, length, owners, symbols, in_prompt=rng.random() < 0.3)
 
     def compose(
-        self, rng: random.Random, length: int, owners: int, symbols: int, in_prompt: bool
+        self,
+        rng: random.Random,
+        length: int,
+        owners: int,
+        symbols: int,
+        in_prompt: bool,
+        decoys: bool = False,
     ) -> Document:
-        """A document of just under `length` words."""
+        """A document of just under `length` words.
+
+        `decoys`: the lines between are told in the symbols, names and things that no passcode has,
+        so that these alone do not stand out."""
         drawn = rng.sample(SYMBOLS, owners * symbols)
+        others = tuple(word for word in POOL if word not in drawn) if decoys else ()
         codes = [drawn[n * symbols : (n + 1) * symbols] for n in range(owners)]
         cost = 2 * owners * (symbols + 3) + 9
         lines = max(owners, (length - cost) // clock.LINE)
@@ -58,7 +69,7 @@ class Once:
                 document.known("code", OWNERS[number])
                 document.chosen(*codes[number])
                 document.known(";")
-            clock.line(document, rng, lines - number, first=number == 0)
+            clock.line(document, rng, lines - number, first=number == 0, decoys=others)
         document.answer(*clock.stamp(0), weight=clock.TURN_WEIGHT)
         for owner, code in zip(OWNERS, codes, strict=False):
             document.known("recall", owner)
