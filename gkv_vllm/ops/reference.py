@@ -84,6 +84,15 @@ def redundancy(keys: Tensor, threshold: float) -> Tensor:
     return cosines.masked_fill(rows == last, 0).mean(-1)
 
 
+def superseded(keys: Tensor) -> Tensor:
+    """How much a newer key resembles each: the largest cosine to any that comes after it, 0 if none
+    is positive. Ours, after R-KV's `redundancy`, which counts older and newer ones alike.
+
+    keys [..., tokens, head_dim]; returns [..., tokens] float32. O(tokens^2 head_dim)."""
+    unit = torch.nn.functional.normalize(keys.float(), dim=-1)
+    return (unit @ unit.transpose(-1, -2)).triu_(1).amax(-1)
+
+
 def redundancy_in_block(keys: Tensor, block_size: int, threshold: float) -> Tensor:
     """`redundancy` among the keys of each block alone (Zipage, arXiv 2603.08743).
 

@@ -76,7 +76,7 @@ class GKV(Policy):
     history: Literal["max", "mean", "sum"] = "max"
     score_weight: float | None = None
     temperature: float | None = None
-    redundancy: Literal["exact", "block", "none"] | None = None
+    redundancy: Literal["exact", "block", "superseded", "none"] | None = None
     combine_by: Literal["mean", "max", "rank"] = "mean"
     value_power: float = 0.0
     random_share: float = 0.0
@@ -130,6 +130,8 @@ class GKV(Policy):
             importance = ops.normalise(importance * view.units(weights))
         if kind == "none" or weight == 1.0:
             return importance
+        if kind == "superseded":
+            return weight * importance - (1 - weight) * view.units(view.superseded(), by="mean")
         temperature = variant.temperature if self.temperature is None else self.temperature
         redundancy = view.redundancy(temperature=temperature, within_blocks=kind == "block")
         if variant.normalised:
@@ -138,7 +140,7 @@ class GKV(Policy):
 
     def global_score(self) -> GlobalScore | None:
         variant = VARIANTS[self.variant]
-        if self.value_power or self.random_share:
+        if self.value_power or self.random_share or self.redundancy == "superseded":
             return None
         if self.history != "max" or not variant.normalised or variant.pools_first:
             return None

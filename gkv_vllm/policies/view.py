@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gkv_vllm.ops import reference
+
 if TYPE_CHECKING:
     from gkv_vllm.ops.layers import LayerOps
 
@@ -98,6 +100,14 @@ class View:
         )
         shares = (similarity / temperature).softmax(-1)
         return self._older(torch.nn.functional.pad(shares, (self.protected, 0)))
+
+    def superseded(self) -> Tensor:
+        """How much a newer unprotected key resembles each: the largest cosine, at least 0.
+
+        0 at protected tokens. From a dense copy, a layer at a time: slow but plain."""
+        keys = self.keys()[..., self.protected :, :]
+        each = torch.stack([reference.superseded(of_layer) for of_layer in keys])
+        return self._older(torch.nn.functional.pad(each, (self.protected, 0)))
 
     def key_norms(self) -> Tensor:
         """The L2 norm of each key."""

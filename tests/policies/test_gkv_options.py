@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gkv_vllm.ops.reference import superseded
 from gkv_vllm.policies.gkv import GKV
 
 from .test_identities import EPS, at_eviction, granularities, implementations, models
@@ -60,6 +61,35 @@ def test_values_weigh_the_importance(model, moves_tokens, implementation):
     expected = plain * (units / norms.mean(-1, keepdim=True)) ** 2
     expected = expected / expected.amax(-1, keepdim=True)
     torch.testing.assert_close(weighed, expected, rtol=0, atol=32 * EPS)
+
+
+def test_the_largest_cosine_to_a_newer_key():
+    right, up = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    keys = torch.stack([right, 2 * up, 3 * right, right + up, -right])
+    half = 0.5**0.5
+    # The newest has nothing after it, and what only its opposite follows is not superseded.
+    torch.testing.assert_close(superseded(keys), torch.tensor([1.0, half, half, 0.0, 0.0]))
+
+
+@models
+@granularities
+@implementations
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_what_a_newer_key_resembles_counts_less(model, moves_tokens, implementation, weight):
+    view, plain = at_eviction(
+        GKV(redundancy="none"), model, moves_tokens, implementation=implementation
+    )
+    _, weighed = at_eviction(
+        GKV(score_weight=weight, redundancy="superseded"), model, moves_tokens,
+        implementation=implementation,
+    )  # fmt: skip
+    keys = view.keys().double()[..., view.protected :, :]
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    cosines = (unit @ unit.mT).triu(1).amax(-1)[..., : view.num_candidates]
+    expected = cosines.unflatten(-1, (-1, view.unit)).mean(-1)
+    torch.testing.assert_close(
+        weighed.double(), weight * plain - (1 - weight) * expected, rtol=0, atol=64 * EPS
+    )
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_registering_the_same_class_again_is_harmless() -> None:
         ),
         ("gkv", {"variant": None}, "must be one of paper, zipage, got None"),
         ("gkv", {"variant": ["paper"]}, "must be one of paper, zipage, got ['paper']"),
-        ("gkv", {"redundancy": "all"}, "must be one of exact, block, none, got 'all'"),
+        ("gkv", {"redundancy": "all"}, "must be one of exact, block, superseded, none, got 'all'"),
         ("random", {"seed": 0.5}, "parameter 'seed' of kv policy 'random' must be an int"),
         ("rkv", {"variant": "paper"}, "must be one of original, gkv, got 'paper'"),
         ("rkv", {"kernel": 4}, "kv policy 'rkv': kernel must be a positive odd number of tokens"),
