@@ -23,7 +23,7 @@ from gkv_vllm.eval.vocabulary import OWNERS, encode
 
 FIRST_SEED = 1_000_000
 """Documents that training never drew: it draws from one stream of its own seed."""
-LENGTHS = (256, 512, 1024, 2048, 2304, 3072, 4096)
+LENGTHS = (256, 512, 1024, 1536, 2048, 2304, 3072, 4096)
 FAR = 256
 
 
