@@ -66,8 +66,8 @@ class GKV(Policy):
     `redundancy` follow the variant unless given. `combine_by` is how layers and heads agree where
     they share a kept set.
 
-    Three options of ours. `redundancy="superseded"` makes R the largest cosine to a newer key, as it
-    is (`View.superseded`): what is said again later goes first. `value_power` p weighs F by
+    Three options of ours. `redundancy="superseded"` makes R the largest cosine to a newer key, as
+    it is (`View.superseded`): what is said again later goes first. `value_power` p weighs F by
     (||v|| / mean ||v||)^p before Z, and divides by the maximum again: what a token adds to the
     output is its attention times its value. (Of a block it takes the largest F and the largest
     norm, which may be two tokens'.) `random_share` gives that share of what is kept to a draw among
