@@ -14,12 +14,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from vllm import SamplingParams
+    from vllm.config import VllmConfig
 
+logger = init_logger(__name__)
 ARGUMENT = "script"
 OWN = -1
 """In the place of a token: the model's own choice."""
@@ -27,7 +31,14 @@ NAME = f"{__name__}:Script"
 
 
 class Script(AdapterLogitsProcessor):
-    """Lets no token but the script's through, at each place where it names one."""
+    """Lets no token but the script's through, at each place where it names one.
+
+    Only the engine knows its vocabulary, when the request is admitted already: a token that it
+    does not have is left to the model, with a warning. Who wants the script checks the text."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        super().__init__(vllm_config, device, is_pin_memory)
+        self.vocabulary = vllm_config.model_config.get_vocab_size()
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -47,6 +58,12 @@ class Script(AdapterLogitsProcessor):
         script = _script(params)
         if not script:
             return None
+        if max(script) >= self.vocabulary:
+            logger.warning(
+                "%s: the vocabulary ends at %d, so the model chooses in the place of token %d",
+                ARGUMENT, self.vocabulary - 1, max(script),
+            )  # fmt: skip
+            script = [token if token < self.vocabulary else OWN for token in script]
 
         def force(output: list[int], logits: Tensor) -> Tensor:
             if len(output) < len(script) and (token := script[len(output)]) != OWN:

@@ -134,9 +134,17 @@ def test_what_is_read_is_graded_by_what_the_model_would_have_said():
 # ---- the logits processor
 
 
+VOCABULARY = 512
+
+
 @pytest.fixture
 def script():
     return pytest.importorskip("gkv_vllm.eval.script", reason="needs vLLM").Script
+
+
+def served(script):
+    model = SimpleNamespace(get_vocab_size=lambda: VOCABULARY)
+    return script(SimpleNamespace(model_config=model), torch.device("cpu"), False)
 
 
 def params(value):
@@ -144,7 +152,7 @@ def params(value):
 
 
 def test_only_the_scripts_token_has_a_chance(script):
-    force = script(None, torch.device("cpu"), False).new_req_logits_processor(params([7, OWN, 3]))
+    force = served(script).new_req_logits_processor(params([7, OWN, 3]))
     for output, due in (([], 7), ([7, 0], 3)):
         logits = force(output, torch.randn(IDS["<end>"] + 16))
         assert logits.argmax() == due and torch.isfinite(logits).sum() == 1
@@ -154,8 +162,17 @@ def test_only_the_scripts_token_has_a_chance(script):
         assert torch.equal(force(output, logits.clone()), logits)
 
 
+def test_a_token_that_no_model_has_is_the_models_choice(script):
+    """An index out of range would end the engine."""
+    force = served(script).new_req_logits_processor(params([VOCABULARY - 1, VOCABULARY, 10**9]))
+    assert force([], torch.zeros(VOCABULARY)).argmax() == VOCABULARY - 1
+    for output in ([0], [0, 0]):
+        logits = torch.randn(VOCABULARY)
+        assert torch.equal(force(output, logits.clone()), logits)
+
+
 def test_who_has_no_script_is_let_be(script):
-    processor = script(None, torch.device("cpu"), False)
+    processor = served(script)
     assert processor.new_req_logits_processor(SimpleNamespace(extra_args=None)) is None
     assert not processor.is_argmax_invariant()  # greedy requests follow scripts too
 
