@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gkv_vllm.config import ConfigError
-from gkv_vllm.eval.exams import Exam, Question
-from gkv_vllm.eval.script import ARGUMENT, NAME, OWN
+from gkv_vllm.eval.exams import ARGUMENT, OWN, PROCESSOR, Exam, Question
 from gkv_vllm.eval.vocabulary import PAD, encode
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def said(exam: Exam, question: Question, choice: CompletionChoice) -> tuple[str,
     ):
         raise ConfigError(
             f"a text of {exam.name} is not the one that was asked for: start the server with "
-            f"--logits-processors {NAME}"
+            f"--logits-processors {PROCESSOR}"
         )
     if exam.mode == "answers":
         return choice.text, None

@@ -29,6 +29,13 @@ SAMPLED = {"temperature": 1.0, "min_p": 0.05}
 GREEDY = {"temperature": 0.0}
 Mode = Literal["answers", "reads", "writes"]
 
+PROCESSOR = "gkv_vllm.eval.script:Script"
+"""What a server needs as `--logits-processors`, for all but what the model writes alone."""
+ARGUMENT = "script"
+"""Of `vllm_xargs`: the token at each place of a text."""
+OWN = -1
+"""In the place of a token: the model's own choice."""
+
 
 @dataclass(frozen=True)
 class Question:

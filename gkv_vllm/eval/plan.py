@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gkv_vllm.config import NO_POLICY, ConfigError, KVPolicyConfig, unknown_key
-from gkv_vllm.eval import script
-from gkv_vllm.eval.exams import EXAMS
+from gkv_vllm.eval.exams import EXAMS, PROCESSOR
 from gkv_vllm.policies import registry
 
 
@@ -48,7 +47,7 @@ class ServerPlan:
             "--max-num-batched-tokens", str(plan.concurrency * plan.length),
             "--num-gpu-blocks-override",
             str(plan.concurrency * (plan.length // self.block_size + 2) + 1),
-            "--logits-processors", script.NAME,
+            "--logits-processors", PROCESSOR,
             "--additional-config", json.dumps({"kv_policy": settings}),
         ]  # fmt: skip
 

@@ -17,6 +17,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
+from gkv_vllm.eval.exams import ARGUMENT, OWN
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -24,10 +26,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
-ARGUMENT = "script"
-OWN = -1
-"""In the place of a token: the model's own choice."""
-NAME = f"{__name__}:Script"
 
 
 class Script(AdapterLogitsProcessor):

@@ -11,8 +11,7 @@ import torch
 
 from gkv_vllm.config import ConfigError
 from gkv_vllm.eval import ask
-from gkv_vllm.eval.exams import EXAMS
-from gkv_vllm.eval.script import OWN
+from gkv_vllm.eval.exams import EXAMS, OWN, PROCESSOR
 from gkv_vllm.eval.vocabulary import IDS, encode
 
 LENGTH = 512
@@ -139,7 +138,8 @@ VOCABULARY = 512
 
 @pytest.fixture
 def script():
-    return pytest.importorskip("gkv_vllm.eval.script", reason="needs vLLM").Script
+    module, name = PROCESSOR.split(":")
+    return getattr(pytest.importorskip(module, reason="needs vLLM"), name)
 
 
 def served(script):
