@@ -78,7 +78,7 @@ def predict(exam: Exam, question: Question, text: str, finish_reason: str, far: 
 def script(exam: Exam, question: Question) -> list[int]:
     """The token at each place of the text, `OWN` where the model answers; empty if it writes all.
 
-    The word that ends a text is not in it: the text is over when it is long enough."""
+    `<end>` is a word like any other here: the text is over when it is long enough."""
     if exam.mode == "writes":
         return []
     tokens = encode(list(question.document))

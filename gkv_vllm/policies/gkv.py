@@ -109,8 +109,7 @@ class GKV(Policy):
             return torch.maximum(self.alpha * past, present)
         if self.history == "sum":
             return self.alpha * past + present
-        is_new = torch.arange(view.num_units, device=past.device) >= view.remembered
-        return self.alpha * torch.where(is_new, present, past) + (1 - self.alpha) * present
+        return self.alpha * torch.where(view.is_new(), present, past) + (1 - self.alpha) * present
 
     def score(self, view: View) -> Tensor:
         scores = self._scores(view)

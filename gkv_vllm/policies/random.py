@@ -48,8 +48,7 @@ class Random(Policy):
 
     def update(self, view: View) -> Tensor:
         assert view.history is not None
-        is_new = torch.arange(view.num_units, device=view.device) >= view.remembered
-        return torch.where(is_new, self._draw(view), view.history)
+        return torch.where(view.is_new(), self._draw(view), view.history)
 
     def score(self, view: View) -> Tensor:
         if self.redraw:

@@ -72,6 +72,10 @@ class View:
         places = torch.arange(self.num_units, dtype=torch.float32, device=self.device)
         return places.repeat(self.num_layers, self.kv_heads, 1)
 
+    def is_new(self) -> Tensor:
+        """Which units are scored for the first time: [units] bool."""
+        return torch.arange(self.num_units, device=self.device) >= self.remembered
+
     # ---- per token: [layers, kv_heads, live_tokens - window]
 
     def local_scores(self, form: str = "max_probability") -> Tensor:

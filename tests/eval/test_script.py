@@ -54,12 +54,11 @@ def test_each_answer_counts_and_nothing_else_does(name):
 def test_what_was_asked_is_what_the_document_says():
     question = EXAMS["ledger"].question(0, LENGTH)
     words = [*question.prompt, *question.document]
-    values = {}
-    for at, word in enumerate(words):
-        if word.endswith("="):
-            values[word[0]] = words[at + 1]
-    last = question.asked[-1]
-    assert words[last.position - 1].endswith("?")
+    for answer in question.asked:
+        name, sets = words[answer.position - 1], words[: answer.position]
+        assert name.endswith("?")
+        latest = len(sets) - 1 - sets[::-1].index(f"{name[0]}=")
+        assert words[answer.position] == words[latest + 1]
     # Two words of a trace: the variable and what is in it.
     question = EXAMS["trace"].question(0, LENGTH)
     said = {question.document[at.start][-1] for at in map(question.owned, question.asked)}
