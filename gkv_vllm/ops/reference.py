@@ -117,10 +117,10 @@ def block_max(scores: Tensor, block_size: int) -> Tensor:
     return scores.unflatten(-1, (-1, block_size)).amax(-1)
 
 
-def check_kernel(kernel: int | None) -> None:
+def check_kernel(kernel: int | None, name: str = "kernel") -> None:
     """ValueError unless it is an odd number of tokens to pool over (or None)."""
     if kernel is not None and (kernel < 1 or kernel % 2 == 0):
-        raise ValueError(f"kernel must be a positive odd number of tokens, got {kernel}")
+        raise ValueError(f"{name} must be a positive odd number of tokens, got {kernel}")
 
 
 def max_pool(scores: Tensor, kernel: int) -> Tensor:
@@ -129,10 +129,13 @@ def max_pool(scores: Tensor, kernel: int) -> Tensor:
     return torch.nn.functional.max_pool1d(flat, kernel, 1, kernel // 2).view(scores.shape)
 
 
-def average_pool(scores: Tensor, kernel: int) -> Tensor:
-    """The mean over each token and its neighbours; beyond the ends they are 0. [..., tokens]"""
+def average_pool(scores: Tensor, kernel: int, padded: bool = True) -> Tensor:
+    """The mean over each token and its neighbours, `kernel` (odd) in all. [..., tokens]
+
+    Beyond the ends neighbours are 0 (`padded`), or are not counted."""
     flat = scores.flatten(0, -2)[:, None]
-    return torch.nn.functional.avg_pool1d(flat, kernel, 1, kernel // 2).view(scores.shape)
+    pooled = torch.nn.functional.avg_pool1d(flat, kernel, 1, kernel // 2, count_include_pad=padded)
+    return pooled.view(scores.shape)
 
 
 def combine(scores: Tensor, by: str) -> Tensor:

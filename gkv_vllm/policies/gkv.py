@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -36,11 +36,14 @@ class Variant:
     redundancy: str
     normalised: bool
     pools_first: bool
+    history: str = "max"
+    span: int = 1
 
 
 VARIANTS = {
     "paper": Variant(0.5, 1.0, "exact", normalised=True, pools_first=False),
     "zipage": Variant(0.2, 0.4, "block", normalised=False, pools_first=True),
+    "spans": Variant(0.2, 1.0, "exact", normalised=True, pools_first=False, history="sum", span=9),
 }
 
 
@@ -62,24 +65,33 @@ class GKV(Policy):
     `variant="zipage"` (arXiv 2603.08743): weight 0.2, R among the keys of each cache block alone
     with softmax temperature 0.4, nothing divided by its maximum; at a request's first eviction F is
     max-pooled over 5 tokens in Z, but not in the history. (There, tokens of the window have scores
-    as well; here none before they are older than a window.) `score_weight`, `temperature` and
-    `redundancy` follow the variant unless given. `combine_by` is how layers and heads agree where
-    they share a kept set.
+    as well; here none before they are older than a window.)
 
-    Three options of ours. `redundancy="superseded"` makes R the largest cosine to a newer key, as
-    it is (`View.superseded`): what is said again later goes first. `value_power` p weighs F by
-    (||v|| / mean ||v||)^p before Z, and divides by the maximum again: what a token adds to the
+    `variant="spans"` is ours: weight 0.2, history `sum`, and a token is worth what it is worth
+    itself or what its neighbours are worth on average, whichever is more (`span` of 9):
+
+        Z <- max(Z, mean of Z over the `span` tokens around it that are still there)
+
+    so that a passage of which a part is worth keeping stays whole. Whole blocks are passages
+    already, and are left as they are. `history`, `score_weight`, `temperature`, `redundancy` and
+    `span` follow the variant unless given. `combine_by` is how layers and heads agree where they
+    share a kept set.
+
+    Three more options of ours. `redundancy="superseded"` makes R the largest cosine to a newer
+    key, as it is (`View.superseded`): what is said again later goes first. `value_power` p weighs F
+    by (||v|| / mean ||v||)^p before Z, and divides by the maximum again: what a token adds to the
     output is its attention times its value. (Of a block it takes the largest F and the largest
     norm, which may be two tokens'.) `random_share` gives that share of what is kept to a draw among
     the candidates, by their order, new at each event."""
 
-    variant: Literal["paper", "zipage"] = "paper"
+    variant: Literal["paper", "zipage", "spans"] = "paper"
     alpha: float = 0.8
-    history: Literal["max", "mean", "sum"] = "max"
+    history: Literal["max", "mean", "sum"] | None = None
     score_weight: float | None = None
     temperature: float | None = None
     redundancy: Literal["exact", "block", "superseded", "none"] | None = None
     combine_by: Literal["mean", "max", "rank"] = "mean"
+    span: int | None = None
     value_power: float = 0.0
     random_share: float = 0.0
 
@@ -98,6 +110,12 @@ class GKV(Policy):
             raise ValueError(f"value_power must be 0 or more and finite, got {self.value_power}")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        ops.check_kernel(self.span, "span")
+
+    def _setting(self, name: str) -> Any:
+        """A parameter, or what the variant has in its place."""
+        value = getattr(self, name)
+        return getattr(VARIANTS[self.variant], name) if value is None else value
 
     def update(self, view: View) -> Tensor:
         local = view.local_scores("max_probability")
@@ -105,14 +123,17 @@ class GKV(Policy):
             local = ops.normalise(local)
         present, past = view.units(local), view.history
         assert past is not None
-        if self.history == "max":
+        history = self._setting("history")
+        if history == "max":
             return torch.maximum(self.alpha * past, present)
-        if self.history == "sum":
+        if history == "sum":
             return self.alpha * past + present
         return self.alpha * torch.where(view.is_new(), present, past) + (1 - self.alpha) * present
 
     def score(self, view: View) -> Tensor:
-        scores = self._scores(view)
+        scores, span = self._scores(view), self._setting("span")
+        if span > 1 and view.unit == 1:
+            scores = torch.maximum(scores, ops.average_pool(scores, span, padded=False))
         count = round(self.random_share * view.keep)
         if not count:
             return scores
@@ -121,9 +142,7 @@ class GKV(Policy):
         return scores + bonus.to(scores.device)  # a new tensor: these may be the history itself
 
     def _scores(self, view: View) -> Tensor:
-        variant = VARIANTS[self.variant]
-        weight = variant.score_weight if self.score_weight is None else self.score_weight
-        kind = self.redundancy or variant.redundancy
+        weight, kind = self._setting("score_weight"), self._setting("redundancy")
         importance = self._importance(view)
         if self.value_power:
             norms = view.value_norms()
@@ -133,23 +152,26 @@ class GKV(Policy):
             return importance
         if kind == "superseded":
             return weight * importance - (1 - weight) * view.units(view.superseded(), by="mean")
-        temperature = variant.temperature if self.temperature is None else self.temperature
-        redundancy = view.redundancy(temperature=temperature, within_blocks=kind == "block")
-        if variant.normalised:
+        redundancy = view.redundancy(
+            temperature=self._setting("temperature"), within_blocks=kind == "block"
+        )
+        if VARIANTS[self.variant].normalised:
             redundancy = ops.normalise(redundancy)
         return weight * importance - (1 - weight) * view.units(redundancy, by="mean")
 
     def global_score(self) -> GlobalScore | None:
         variant = VARIANTS[self.variant]
-        if self.value_power or self.random_share or self.redundancy == "superseded":
+        if self.value_power or self.random_share or self._setting("redundancy") == "superseded":
             return None
-        if self.history != "max" or not variant.normalised or variant.pools_first:
+        if self._setting("history") != "max" or self._setting("span") > 1:
+            return None
+        if not variant.normalised or variant.pools_first:
             return None
         return GlobalScore(
             alpha=self.alpha,
-            score_weight=variant.score_weight if self.score_weight is None else self.score_weight,
-            temperature=variant.temperature if self.temperature is None else self.temperature,
-            redundancy=self.redundancy or variant.redundancy,  # type: ignore[arg-type]
+            score_weight=self._setting("score_weight"),
+            temperature=self._setting("temperature"),
+            redundancy=self._setting("redundancy"),
         )
 
     def _importance(self, view: View) -> Tensor:

@@ -331,6 +331,16 @@ def test_pooling_looks_at_as_many_neighbours_on_either_side(
         torch.testing.assert_close(found[..., token], expected, rtol=0, atol=EPS * 2 * kernel)
 
 
+@pytest.mark.parametrize("kernel", [1, 5, 7])
+@pytest.mark.parametrize("tokens", [1, 3, 63])
+def test_a_mean_may_leave_out_what_lies_beyond_the_ends(tokens: int, kernel: int) -> None:
+    scores = torch.rand(2, 5, tokens, generator=torch.Generator().manual_seed(0)) - 2
+    found = ops.average_pool(scores, kernel, padded=False)
+    for token in range(tokens):
+        near = scores[..., max(0, token - kernel // 2) : token + kernel // 2 + 1]
+        torch.testing.assert_close(found[..., token], near.mean(-1), rtol=0, atol=EPS * 2 * kernel)
+
+
 @pytest.mark.parametrize("kernel", [0, -1, 4])
 def test_a_kernel_without_a_middle_is_refused(kernel: int) -> None:
     with pytest.raises(ValueError, match=f"kernel must be a positive odd number.*, got {kernel}"):

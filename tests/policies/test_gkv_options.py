@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""The options of gkv that the paper lacks: values in the score, and a share that is drawn."""
+"""The options of gkv that the paper lacks: spans, values, what is superseded, a share drawn."""
 
 from __future__ import annotations
 
@@ -92,9 +92,43 @@ def test_what_a_newer_key_resembles_counts_less(model, moves_tokens, implementat
     )
 
 
+@models
+@implementations
+def test_a_token_is_worth_as_much_as_its_neighbours_are_on_average(model, implementation):
+    _, alone = at_eviction(GKV(), model, implementation=implementation)
+    _, lifted = at_eviction(GKV(span=5), model, implementation=implementation)
+    expected = alone.clone()
+    for unit in range(alone.shape[-1]):
+        near = alone[..., max(0, unit - 2) : unit + 3]  # beyond the ends there are none
+        expected[..., unit] = torch.maximum(alone[..., unit], near.mean(-1))
+    torch.testing.assert_close(lifted, expected, rtol=0, atol=16 * EPS)
+    assert (lifted > alone).any()
+
+
+@models
+def test_whole_blocks_are_left_as_they_are(model):
+    _, alone = at_eviction(GKV(), model, moves_tokens=False)
+    _, lifted = at_eviction(GKV(span=5), model, moves_tokens=False)
+    assert torch.equal(lifted, alone)
+
+
+@models
+@granularities
+@pytest.mark.parametrize("event", [0, 1])
+def test_the_variant_of_spans_is_its_settings(model, moves_tokens, event):
+    by_name = GKV(variant="spans")
+    by_settings = GKV(history="sum", score_weight=0.2, span=9)
+    _, named = at_eviction(by_name, model, moves_tokens, event=event)
+    _, set_ = at_eviction(by_settings, model, moves_tokens, event=event)
+    assert torch.equal(named, set_)
+    _, unlike = at_eviction(GKV(variant="spans", history="max"), model, moves_tokens, event=event)
+    assert torch.equal(named, unlike) == (event == 0)  # what a sum and a maximum have begun with
+
+
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
+        ({"span": 4}, "span must be a positive odd number of tokens, got 4"),
         ({"random_share": 1.5}, "random_share must lie between 0 and 1"),
         ({"value_power": -1.0}, "value_power must be 0 or more"),
     ],
@@ -113,3 +147,7 @@ def test_options_keep_off_the_path_that_knows_only_the_formula():
     assert GKV().global_score() is not None
     assert GKV(random_share=0.1).global_score() is None
     assert GKV(value_power=1.0).global_score() is None
+    assert GKV(span=3).global_score() is None
+    assert GKV(span=1).global_score() is not None
+    assert GKV(variant="spans").global_score() is None
+    assert GKV(history="max").global_score() == GKV().global_score()
