@@ -43,7 +43,7 @@ class Variant:
 VARIANTS = {
     "paper": Variant(0.5, 1.0, "exact", normalised=True, pools_first=False),
     "zipage": Variant(0.2, 0.4, "block", normalised=False, pools_first=True),
-    "spans": Variant(0.2, 1.0, "exact", normalised=True, pools_first=False, history="sum", span=9),
+    "spans": Variant(0.1, 1.0, "exact", normalised=True, pools_first=False, history="sum", span=9),
 }
 
 
@@ -67,7 +67,7 @@ class GKV(Policy):
     max-pooled over 5 tokens in Z, but not in the history. (There, tokens of the window have scores
     as well; here none before they are older than a window.)
 
-    `variant="spans"` is ours: weight 0.2, history `sum`, and a token is worth what it is worth
+    `variant="spans"` is ours: weight 0.1, history `sum`, and a token is worth what it is worth
     itself or what its neighbours are worth on average, whichever is more (`span` of 9):
 
         Z <- max(Z, mean of Z over the `span` tokens around it that are still there)

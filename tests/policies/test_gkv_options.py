@@ -117,7 +117,7 @@ def test_whole_blocks_are_left_as_they_are(model):
 @pytest.mark.parametrize("event", [0, 1])
 def test_the_variant_of_spans_is_its_settings(model, moves_tokens, event):
     by_name = GKV(variant="spans")
-    by_settings = GKV(history="sum", score_weight=0.2, span=9)
+    by_settings = GKV(history="sum", score_weight=0.1, span=9)
     _, named = at_eviction(by_name, model, moves_tokens, event=event)
     _, set_ = at_eviction(by_settings, model, moves_tokens, event=event)
     assert torch.equal(named, set_)
