@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""How much the window attends to each older token, and the decayed maximum of that: one launch.
+"""How much the window attends to each older token, and its decayed maximum or sum: one launch.
 
 One program per request, layer and KV head. It reads the keys twice: for the softmax statistics of
 its query rows (a tile is [rows, keys], reduced along the keys), then for the scores ([keys, rows],
@@ -214,6 +214,7 @@ def _scores_kernel(
     FORM: tl.constexpr,
     HISTORY: tl.constexpr,
     NORMALISED: tl.constexpr,
+    SUMMED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -271,7 +272,7 @@ def _scores_kernel(
             place = history + tl.load(logical_blocks + unit, mask=unit < blocks, other=0)
             known = unit < tl.minimum(blocks, remembered)
             past = tl.load(place, mask=known, other=0.0)
-            score = tl.maximum(alpha * past, present)
+            score = alpha * past + present if SUMMED else tl.maximum(alpha * past, present)
             tl.store(place, score, mask=unit < blocks)
             tl.store(out + unit, score, mask=unit < blocks)
     elif HISTORY == IS_BY_TOKEN:
@@ -286,7 +287,7 @@ def _scores_kernel(
             place = plane + (block * heads + head) * BLOCK_SIZE + at % BLOCK_SIZE
             known = unit < tl.minimum(candidates, remembered)
             past = tl.load(place, mask=known, other=0.0)
-            score = tl.maximum(alpha * past, present)
+            score = alpha * past + present if SUMMED else tl.maximum(alpha * past, present)
             tl.store(place, score, mask=exists)
             tl.store(out + unit, score, mask=exists)
 
@@ -324,15 +325,16 @@ def score_blocks(
     softcap: float = 0.0,
     alpha: float,
     normalised: bool = True,
+    summed: bool = False,
 ) -> list[Tensor]:
     """The G-KV score F of each candidate block, before redundancy; renews the history in place.
 
     With S the best local score of a block, divided by the largest of the tokens older than the
-    window where `normalised`: F = max(alpha * past, S), the past of units that are not remembered
-    being 0. history [slots, layers, kv_heads, blocks] float32 holds F by logical block; slots
-    [requests] int32, no two the same; logical_blocks [tables, requests, candidate blocks] int32.
-    Returns one float32 [layers, kv_heads, candidate blocks] per request. ValueError says what does
-    not fit."""
+    window where `normalised`: F = max(alpha * past, S), or where `summed` alpha * past + S; the
+    past of units that are not remembered is 0. history [slots, layers, kv_heads, blocks] float32
+    holds F by logical block; slots [requests] int32, no two the same; logical_blocks
+    [tables, requests, candidate blocks] int32. Returns one float32
+    [layers, kv_heads, candidate blocks] per request. ValueError says what does not fit."""
     shape = (layers.num_layers, layers.kv_heads)
     if (
         history.dtype != torch.float32
@@ -363,6 +365,7 @@ def score_blocks(
         softcap,
         alpha,
         normalised,
+        summed,
         kind=BY_BLOCK,
         history=history,
         slots=slots,
@@ -380,6 +383,7 @@ def score_tokens(
     softcap: float = 0.0,
     alpha: float,
     normalised: bool = True,
+    summed: bool = False,
 ) -> list[Tensor]:
     """`score_blocks` for each candidate token, with its past in a plane beside the cache.
 
@@ -400,6 +404,7 @@ def score_tokens(
         softcap,
         alpha,
         normalised,
+        summed,
         kind=BY_TOKEN,
         planes=planes,
     )
@@ -414,6 +419,7 @@ def _remember(
     softcap: float,
     alpha: float,
     normalised: bool,
+    summed: bool,
     *,
     kind: int,
     **where: Any,
@@ -431,6 +437,7 @@ def _remember(
         remembered_scores=scores,
         alpha=alpha,
         normalised=normalised,
+        summed=summed,
         **where,
     )
     return scores
@@ -449,6 +456,7 @@ def _launch(
     remembered_scores: list[Tensor] | None = None,
     alpha: float = 0.0,
     normalised: bool = True,
+    summed: bool = False,
     history: Tensor | None = None,
     planes: Tensor | None = None,
     slots: Tensor | None = None,
@@ -496,6 +504,7 @@ def _launch(
         FORM=form,
         HISTORY=kind,
         NORMALISED=normalised,
+        SUMMED=summed,
         SOFTCAP=softcap != 0,
         INTERPRET=triton.knobs.runtime.interpret,
         **tiles(group, due.window, layers.block_size, layers.head_dim, key.element_size()),
@@ -531,7 +540,7 @@ def units_at_once(kind: int, block_size: int) -> int:
 
 
 def _signature(
-    dtype: str, group: int, head_dim: int, window: int, form: str, kind: int
+    dtype: str, group: int, head_dim: int, window: int, form: str, kind: int, summed: bool = False
 ) -> Signature:
     sizes = tiles(group, window, 16, head_dim, 4 if dtype == "fp32" else 2)
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
@@ -557,7 +566,8 @@ def _signature(
     return Signature(
         kernel=_scores_kernel,
         name=f"{dtype} d{head_dim} group {group} window {window} {form} "
-        + ("local", "blocks", "tokens")[kind],
+        + ("local", "blocks", "tokens")[kind]
+        + (" summed" if summed else ""),
         signature={
             **pointers,
             **where,
@@ -573,6 +583,7 @@ def _signature(
             "FORM": FORMS[form],
             "HISTORY": kind,
             "NORMALISED": True,
+            "SUMMED": summed,
             "SOFTCAP": False,
             "INTERPRET": False,
         },
@@ -590,6 +601,10 @@ SIGNATURES = [
         for kind in (BY_BLOCK, BY_TOKEN)
     ),
     *(_signature("bf16", 8, 128, 16, form, NO_HISTORY) for form in FORMS),
+    *(
+        _signature("bf16", 8, 128, 16, "max_probability", kind, summed=True)
+        for kind in (BY_BLOCK, BY_TOKEN)
+    ),
     _signature("bf16", 8, 128, 64, "max_probability", BY_TOKEN),
     _signature("bf16", 8, 256, 16, "max_probability", BY_TOKEN),
     _signature("fp32", 4, 128, 16, "max_probability", BY_TOKEN),

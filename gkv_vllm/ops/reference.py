@@ -138,6 +138,13 @@ def average_pool(scores: Tensor, kernel: int, padded: bool = True) -> Tensor:
     return pooled.view(scores.shape)
 
 
+def lift(scores: Tensor, span: int) -> Tensor:
+    """The score of each token, or the mean over the `span` (odd) around it where that is more.
+
+    Ours: a passage of which a part is worth keeping stays whole. [..., tokens]"""
+    return torch.maximum(scores, average_pool(scores, span, padded=False))
+
+
 def combine(scores: Tensor, by: str) -> Tensor:
     """One number per unit out of those of layers and heads: [..., n, units] to [..., units].
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gkv_vllm.ops import reference
 from gkv_vllm.ops.layers import EachLayer, LayerCaches, LayerOps
 from gkv_vllm.ops.layout import GPULayout, Layout
 from gkv_vllm.ops.paged import ReferenceOps
@@ -204,7 +205,12 @@ class TritonLayerOps(EachLayer):
             block_size=first.block_size,
         )
         queries = torch.stack([x.queries for x in views if x.queries is not None], 1)
-        numbers = {"scale": first.scale, "softcap": first.softcap, "alpha": formula.alpha}
+        numbers = {
+            "scale": first.scale,
+            "softcap": first.softcap,
+            "alpha": formula.alpha,
+            "summed": formula.history == "sum",
+        }
         if memory is None:
             assert self._planes is not None
             importance = score.score_tokens(queries, self.layers, due, self._planes, **numbers)
@@ -214,6 +220,14 @@ class TritonLayerOps(EachLayer):
             importance = score.score_blocks(
                 queries, self.layers, due, memory.history, slots, logical, **numbers
             )
+        scores = self._mix(formula, importance, due, first.unit)
+        if formula.span == 1 or first.unit > 1:
+            return scores
+        return [reference.lift(of_request, formula.span) for of_request in scores]
+
+    def _mix(
+        self, formula: GlobalScore, importance: list[Tensor], due: DueRequests, unit: int
+    ) -> list[Tensor]:
         if formula.redundancy == "none" or formula.score_weight == 1.0:
             return importance
         similarity = redundancy.redundancy(
@@ -228,7 +242,7 @@ class TritonLayerOps(EachLayer):
             due,
             score_weight=formula.score_weight,
             temperature=formula.temperature,
-            unit=first.unit,
+            unit=unit,
         )
 
     def _tables(self, block_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

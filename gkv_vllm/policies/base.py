@@ -49,6 +49,8 @@ class GlobalScore:
     temperature: float
     redundancy: Literal["exact", "block", "none"]
     threshold: float = 0.5
+    history: Literal["max", "sum"] = "max"
+    span: int = 1
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class GKV(Policy):
     def score(self, view: View) -> Tensor:
         scores, span = self._scores(view), self._setting("span")
         if span > 1 and view.unit == 1:
-            scores = torch.maximum(scores, ops.average_pool(scores, span, padded=False))
+            scores = ops.lift(scores, span)
         count = round(self.random_share * view.keep)
         if not count:
             return scores
@@ -163,7 +163,7 @@ class GKV(Policy):
         variant = VARIANTS[self.variant]
         if self.value_power or self.random_share or self._setting("redundancy") == "superseded":
             return None
-        if self._setting("history") != "max" or self._setting("span") > 1:
+        if self._setting("history") == "mean":
             return None
         if not variant.normalised or variant.pools_first:
             return None
@@ -172,6 +172,8 @@ class GKV(Policy):
             score_weight=self._setting("score_weight"),
             temperature=self._setting("temperature"),
             redundancy=self._setting("redundancy"),
+            history=self._setting("history"),
+            span=self._setting("span"),
         )
 
     def _importance(self, view: View) -> Tensor:

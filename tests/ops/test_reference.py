@@ -341,6 +341,13 @@ def test_a_mean_may_leave_out_what_lies_beyond_the_ends(tokens: int, kernel: int
         torch.testing.assert_close(found[..., token], near.mean(-1), rtol=0, atol=EPS * 2 * kernel)
 
 
+def test_a_token_is_lifted_to_what_its_neighbours_are_worth_and_never_lowered() -> None:
+    scores = torch.tensor([[4.0, 0.0, 2.0, -1.0, -1.0, -4.0]])
+    lifted = torch.tensor([[4.0, 2.0, 2.0, 0.0, -1.0, -2.5]])
+    torch.testing.assert_close(ops.lift(scores, 3), lifted, rtol=0, atol=EPS * 4)
+    assert torch.equal(ops.lift(scores, 1), scores)
+
+
 @pytest.mark.parametrize("kernel", [0, -1, 4])
 def test_a_kernel_without_a_middle_is_refused(kernel: int) -> None:
     with pytest.raises(ValueError, match=f"kernel must be a positive odd number.*, got {kernel}"):

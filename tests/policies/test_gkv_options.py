@@ -147,7 +147,7 @@ def test_options_keep_off_the_path_that_knows_only_the_formula():
     assert GKV().global_score() is not None
     assert GKV(random_share=0.1).global_score() is None
     assert GKV(value_power=1.0).global_score() is None
-    assert GKV(span=3).global_score() is None
-    assert GKV(span=1).global_score() is not None
-    assert GKV(variant="spans").global_score() is None
-    assert GKV(history="max").global_score() == GKV().global_score()
+    assert GKV(history="mean").global_score() is None
+    assert GKV(variant="spans", redundancy="superseded").global_score() is None
+    formula = GKV(variant="spans").global_score()
+    assert formula is not None and (formula.history, formula.span) == ("sum", 9)

@@ -89,9 +89,10 @@ class Remembered:
             past[..., :known] = torch.rand(past[..., :known].shape, generator=world.generator)
             self.histories.append(past.to(world.device))
 
-    def expected(self, normalised: bool) -> list[Tensor]:
+    def expected(self, normalised: bool = True, summed: bool = False) -> list[Tensor]:
         """What the policy makes of it."""
-        policy = GKV(alpha=ALPHA, variant="paper" if normalised else "zipage")
+        history = "sum" if summed else "max"
+        policy = GKV(alpha=ALPHA, variant="paper" if normalised else "zipage", history=history)
         return [policy.update(view) for view in self.world.views(self.unit, self.histories)]
 
 
@@ -120,7 +121,7 @@ class Blocks(Remembered):
             places = self.logical[which, request, : numbers.shape[-1]].long()
             table[self.slots[request], layer][:, places] = numbers[layer]
 
-    def score(self, normalised: bool) -> list[Tensor]:
+    def score(self, normalised: bool = True, summed: bool = False) -> list[Tensor]:
         world = self.world
         before = self.table.clone()
         scores = score_blocks(
@@ -134,6 +135,7 @@ class Blocks(Remembered):
             softcap=world.shape.softcap,
             alpha=ALPHA,
             normalised=normalised,
+            summed=summed,
         )
         for i, numbers in enumerate(scores):
             self.put(before, i, numbers)
@@ -155,7 +157,7 @@ class Tokens(Remembered):
             ids = self.world.tables[which, request, protected:]
             self.world.write(planes[layer], ids, numbers[layer])
 
-    def score(self, normalised: bool) -> list[Tensor]:
+    def score(self, normalised: bool = True, summed: bool = False) -> list[Tensor]:
         world = self.world
         before = world.planes.clone()
         scores = score_tokens(
@@ -167,6 +169,7 @@ class Tokens(Remembered):
             softcap=world.shape.softcap,
             alpha=ALPHA,
             normalised=normalised,
+            summed=summed,
         )
         for i, numbers in enumerate(scores):
             self.put(before, i, numbers)
@@ -175,13 +178,14 @@ class Tokens(Remembered):
 
 
 @pytest.mark.parametrize("kind", [Blocks, Tokens])
+@pytest.mark.parametrize("summed", [False, True], ids=["max", "sum"])
 def test_history_is_the_policys_over_two_events_and_nothing_else_is_written(
-    world: World, kind: type[Blocks] | type[Tokens]
+    world: World, kind: type[Blocks] | type[Tokens], summed: bool
 ) -> None:
     remembered = kind(world)
-    scores = remembered.score(normalised=True)
+    scores = remembered.score(summed=summed)
     # Dividing by the maximum adds its error to that of the score.
-    assert_close(scores, remembered.expected(normalised=True), 2 * tolerance(world))
+    assert_close(scores, remembered.expected(summed=summed), 2 * tolerance(world))
     # Nothing went: all candidates are remembered when the next queries come.
     remembered.histories = scores
     world.draw_queries()
@@ -193,8 +197,8 @@ def test_history_is_the_policys_over_two_events_and_nothing_else_is_written(
             for i, (live, protected, _) in enumerate(world.shape.requests)
         ),
     )
-    again = remembered.score(normalised=True)
-    assert_close(again, remembered.expected(normalised=True), 2 * tolerance(world))
+    again = remembered.score(summed=summed)
+    assert_close(again, remembered.expected(summed=summed), 2 * tolerance(world))
     for first, second in zip(scores, again, strict=True):
         assert (second >= ALPHA * first).all()
 

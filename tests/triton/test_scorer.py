@@ -36,6 +36,7 @@ POLICIES: dict[str, Policy] = {
     "gkv, no redundancy": GKV(redundancy="none"),
     "gkv, redundancy in blocks": GKV(redundancy="block", score_weight=0.3),
     "gkv, mean of history": GKV(history="mean"),
+    "gkv, spans": GKV(variant="spans"),
     "rkv": RKV(),
     "snapkv": SnapKV(),
     "knorm": KNorm(),
@@ -110,7 +111,9 @@ def kept_tokens(scorer: Scorer, world: World) -> Tensor:
 
 
 @shapes
-@pytest.mark.parametrize("policy", [GKV(), GKV(redundancy="none"), SnapKV()], ids=str)
+@pytest.mark.parametrize(
+    "policy", [GKV(), GKV(redundancy="none"), GKV(variant="spans"), SnapKV()], ids=str
+)
 @pytest.mark.parametrize("scope", ["head", "layer", "all"])
 def test_survivors_and_what_is_remembered_of_them(shape: Any, policy: Policy, scope: str) -> None:
     """The same tokens are kept, and every bit of the caches is the same afterwards."""
