@@ -101,6 +101,11 @@ class Runner:
         if self.url is not None:
             yield _attached(self.url, server)
             return
+        if not (Path(self.plan.model) / "config.json").is_file():
+            raise ConfigError(
+                f"model {self.plan.model} is no folder with a config.json, seen from here; exams "
+                "ask in the words of models/reasoner, or of a model that gkv_vllm.eval.train made"
+            )
         log = self.store.root / "logs" / f"{server.label}.log"
         with serve(
             self.plan.model, *server.arguments(self.plan, self._records), log=log
@@ -246,7 +251,7 @@ def cell_metrics(
 
 
 def weights_hash(model: Path) -> str | None:
-    """Of the weight files, or None where the model is not a folder here."""
+    """Of the weight files, or None where there are none here (`--url`)."""
     files = sorted(model.glob("*.safetensors"))
     digest = hashlib.sha256()
     for path in files:

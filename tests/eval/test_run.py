@@ -63,6 +63,12 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, change):
         runner(store, replace(PLAN, **change)).run()
 
 
+def test_a_model_that_is_not_there_is_refused_before_a_server_starts(tmp_path):
+    with pytest.raises(ConfigError, match="model models/none is no folder with a config.json"):
+        runner(Store(tmp_path), replace(PLAN, model="models/none")).run()
+    assert not (tmp_path / "logs").exists()
+
+
 def test_a_server_that_the_plan_does_not_name_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'other'"):
         runner(Store(tmp_path), only="othr")
