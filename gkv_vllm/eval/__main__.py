@@ -12,7 +12,7 @@ from pathlib import Path
 from gkv_vllm.config import ConfigError
 from gkv_vllm.eval import report
 from gkv_vllm.eval.plan import Plan
-from gkv_vllm.eval.run import Runner, open_store, regrade
+from gkv_vllm.eval.run import Runner, open_store, progress, regrade
 from gkv_vllm.eval.store import Store
 from gkv_vllm.serving import ServerFailed
 
@@ -51,17 +51,9 @@ def _minutes(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     from openai import OpenAIError
-    from rich.progress import Progress
 
     plan, store = Plan.read(args.plan), open_store(args.out, args.plan)
-    with Progress() as progress:
-        bars: dict[str, int] = {}
-
-        def tell(cell: str, done: int, due: int) -> None:
-            if cell not in bars:
-                bars[cell] = progress.add_task(cell, total=due)
-            progress.update(bars[cell], completed=done)  # type: ignore[arg-type]
-
+    with progress() as tell:
         runner = Runner(plan, store, args.minutes, tell, args.url, args.only)
         try:
             missing = runner.run()

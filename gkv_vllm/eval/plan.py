@@ -27,13 +27,16 @@ class ServerPlan:
     block_size: int
     cells: tuple[Cell, ...]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The KV policy's settings, with room for every budget that its requests ask for."""
+        budgets = [cell.budget for cell in self.cells if cell.budget is not None]
+        return {**self.kv_policy, "budget": max(budgets), "min_budget": min(budgets)}
+
     def arguments(self, plan: Plan, records: Path) -> list[str]:
         """Flags of `vllm serve`; records go to the folder `records`, if the plan wants any."""
-        budgets = [cell.budget for cell in self.cells if cell.budget] or [plan.length]
         settings = {
-            **self.kv_policy,
-            "budget": max(budgets),
-            "min_budget": min(budgets),
+            **self.settings,
             "reserve_prompt": plan.length,
             **({"record_positions": str(records.resolve())} if plan.record else {}),
         }
@@ -125,10 +128,7 @@ class Plan:
                     _check_list(f"server {label!r}: {name}", settings[name], kind)
 
     def _check_server(self, server: ServerPlan) -> None:
-        budgets = [cell.budget for cell in server.cells if cell.budget is not None]
-        config = KVPolicyConfig.from_mapping(
-            {**server.kv_policy, "budget": max(budgets), "min_budget": min(budgets)}
-        )
+        config = KVPolicyConfig.from_mapping(server.settings)
         if not config.active:
             raise ConfigError(f"server {server.label!r} names no policy")
         registry.create(config.policy, config.policy_config)

@@ -80,7 +80,7 @@ class Runner:
             due = [cell for cell in server.cells if not self.store.has(cell.name)]
             for cell in server.cells:
                 if cell not in due:
-                    self._check_stored(server, cell)
+                    self.store.check(cell, self._config(server, cell))
             if not due or self.over:
                 continue
             with self._server(server) as running:
@@ -101,11 +101,7 @@ class Runner:
         if self.url is not None:
             yield _attached(self.url, server)
             return
-        if not (Path(self.plan.model) / "config.json").is_file():
-            raise ConfigError(
-                f"model {self.plan.model} is no folder with a config.json, seen from here; exams "
-                "ask in the words of models/reasoner, or of a model that gkv_vllm.eval.train made"
-            )
+        check_model(self.plan.model)
         log = self.store.root / "logs" / f"{server.label}.log"
         with serve(
             self.plan.model, *server.arguments(self.plan, self._records), log=log
@@ -139,19 +135,6 @@ class Runner:
             "sampling": dict(EXAMS[cell.exam].sampling),
             "attached": self.url,
         }
-
-    def _check_stored(self, server: ServerPlan, cell: Cell) -> None:
-        """ConfigError if the folder holds this cell with other settings."""
-        stored, asked = self.store.config(cell.name), self._config(server, cell)
-        if cell.budget is None:  # whoever ran it, nothing was evicted
-            for key in ("server", "kv_policy", "block_size"):
-                asked[key] = stored.get(key)
-        wrong = [key for key in asked if key in stored and stored[key] != asked[key]]
-        if wrong:
-            raise ConfigError(
-                f"{self.store.root} holds {cell.name} with {wrong[0]}={stored[wrong[0]]!r}, the "
-                f"plan says {asked[wrong[0]]!r}; name another --out folder"
-            )
 
     async def _cell(
         self, running: Endpoint, client: AsyncOpenAI, model: str, server: ServerPlan, cell: Cell
@@ -250,6 +233,15 @@ def cell_metrics(
     return {**measured, **summary(predictions), "evicted": evicted}
 
 
+def check_model(model: str) -> None:
+    """ConfigError unless there is a model."""
+    if not (Path(model) / "config.json").is_file():
+        raise ConfigError(
+            f"model {model} is no folder with a config.json, seen from here; exams ask in the "
+            "words of models/reasoner, or of a model that gkv_vllm.eval.train made"
+        )
+
+
 def weights_hash(model: Path) -> str | None:
     """Of the weight files, or None where there are none here (`--url`)."""
     files = sorted(model.glob("*.safetensors"))
@@ -274,6 +266,22 @@ def regrade(store: Store) -> int:
             again.append(replace(new, loss=old["loss"]))
         store.write(name, again, cell_metrics(again, metrics), config)
     return len(store.cells())
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """A bar for each cell, from when it is first told of."""
+    from rich.progress import Progress
+
+    with Progress() as shown:
+        bars: dict[str, Any] = {}
+
+        def tell(cell: str, done: int, due: int) -> None:
+            if cell not in bars:
+                bars[cell] = shown.add_task(cell, total=due)
+            shown.update(bars[cell], completed=done)
+
+        yield tell
 
 
 def open_store(out: Path, plan_file: Path) -> Store:

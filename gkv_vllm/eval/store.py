@@ -13,7 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gkv_vllm.config import ConfigError
 from gkv_vllm.eval.ask import Prediction
+from gkv_vllm.eval.plan import Cell
 
 PREDICTIONS, METRICS, CONFIG = "predictions.jsonl", "metrics.json", "config.json"
 PLAN = "plan.yaml"
@@ -48,6 +50,20 @@ class Store:
             record.rename(partial / f"{prediction.seed}.npz")
         shutil.rmtree(self.root / cell, ignore_errors=True)
         partial.rename(self.root / cell)
+
+    def check(self, cell: Cell, asked: dict[str, Any]) -> None:
+        """ConfigError if a cell that is here was measured with other settings than are asked."""
+        stored = self.config(cell.name)
+        if cell.budget is None:  # whoever ran it, nothing was evicted
+            asked = {
+                k: v for k, v in asked.items() if k not in ("server", "kv_policy", "block_size")
+            }
+        wrong = [key for key in asked if key in stored and stored[key] != asked[key]]
+        if wrong:
+            raise ConfigError(
+                f"{self.root} holds {cell.name} with {wrong[0]}={stored[wrong[0]]!r}, the "
+                f"plan says {asked[wrong[0]]!r}; name another --out folder"
+            )
 
     def cells(self) -> list[str]:
         """The names of all cells that are there, sorted."""

@@ -55,6 +55,11 @@ def encode(words: list[str]) -> list[int]:
     return [IDS[word] for word in words]
 
 
+def decode(tokens: list[int]) -> list[str]:
+    """The word of each token; `PAD` for one that only pads the vocabulary."""
+    return [WORDS[token] if token < len(WORDS) else PAD for token in tokens]
+
+
 def tokenizer(max_positions: int) -> Any:
     """A Hugging Face tokenizer: words are split at white space, and joined by a space."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -8,13 +8,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from gkv_vllm.config import KVPolicyConfig
 from gkv_vllm.eval.__main__ import main
+from gkv_vllm.eval.clairvoyant import Reader, Sight, Text, follow
 from gkv_vllm.eval.exams import EXAMS
 from gkv_vllm.eval.store import Store
 from gkv_vllm.eval.vocabulary import encode
 from gkv_vllm.record import read_record
+from gkv_vllm.view.fates import NEVER, fates_of
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -95,3 +99,39 @@ def test_what_is_read_costs_more_where_it_was_forgotten(measured):
     store = Store(measured / "out")
     full, small = (store.metrics(f"prose__{cell}") for cell in ("full", "gkv__b96__none"))
     assert small["loss"] > full["loss"] and small["accuracy"] <= full["accuracy"]
+
+
+def test_offline_reading_says_what_the_engine_said(measured):
+    """With the survivors that a record names, and only with them; and when requests fall due."""
+    store, cell = Store(measured / "out"), "prose__gkv__b96__none"
+    prediction = store.predictions(cell)[0]
+    record = read_record(store.root / cell / f"{prediction['seed']}.npz")
+    fates = fates_of(record)
+    due = [event["num_tokens"] for event in fates.events]
+    question = EXAMS["prose"].question(prediction["seed"], 448)
+    reader = Reader(PLAN["model"])
+    text = Text.of(reader, question)
+    left = torch.from_numpy(fates.left[0].astype(int)).unflatten(0, (2, 4))[..., : len(text.tokens)]
+    lives = torch.full_like(left, len(text.tokens))
+    for number, now in enumerate(due):
+        lives[left == number] = now
+    assert (lives < len(text.tokens)).sum() > 1000 and (left[..., -1] == NEVER).all()
+
+    found = text.predict("prose", reader.read(text.tokens, Sight(lives)))
+    whole = text.predict("prose", text.whole)
+    # The engine computes in bfloat16; its loss is off by 0.0006 here, and eviction costs 0.04.
+    assert abs(found.loss - prediction["loss"]) < 0.005 < 0.03 < prediction["loss"] - whole.loss
+    assert abs(found.right - prediction["right"]) <= 1
+
+    config = KVPolicyConfig.from_mapping({"policy": "gkv", "budget": 96, "interval": 32})
+    ours, events = follow(
+        config,
+        config.for_request({"kv_protect": "none"}, 32),
+        text.worth,
+        tokens=len(text.tokens),
+        prompt=len(question.prompt),
+        block_size=32,
+        shape=(2, 4),
+    )
+    assert sorted(set(ours[ours < len(text.tokens)].tolist())) == due and events == len(due)
+    assert ((ours < len(text.tokens)).sum(-1) == (lives < len(text.tokens)).sum(-1)).all()
