@@ -17,7 +17,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -88,16 +88,16 @@ class Run:
     texts: list[str] = field(default_factory=list)
     grades: list[Grade] = field(default_factory=list)
     seconds: float = 0.0
-    blocks_in_use: list[float] = field(default_factory=list)
+    blocks_in_use: list[int] = field(default_factory=list)
     blocks_per_request: list[float] = field(default_factory=list)
     requests_running: list[float] = field(default_factory=list)
     evictions: int = 0
     blocks_freed: int = 0
     preemptions: int = 0
 
-    def sample(self, metrics: Metrics) -> float:
+    def sample(self, metrics: Metrics) -> int:
         """Note how many blocks are in use now."""
-        used = metrics.value("vllm:kv_cache_usage_perc") * usable_blocks(metrics)
+        used = round(metrics.value("vllm:kv_cache_usage_perc") * usable_blocks(metrics))
         running = metrics.value("vllm:num_requests_running")
         if running:
             self.blocks_in_use.append(used)
@@ -129,11 +129,12 @@ class Run:
             "tokens": tokens,
             "facts_asked": self.answers,
             "facts_right_percent": round(100 * self.right / self.answers, 1) if self.answers else 0,
-            "requests_running_mean": round(mean(self.requests_running), 1),
-            "blocks_in_use_peak": round(max(self.blocks_in_use, default=0)),
-            "blocks_in_use_mean": round(mean(self.blocks_in_use), 1),
-            "blocks_per_request_peak": round(max(self.blocks_per_request, default=0), 1),
-            "blocks_per_request_mean": round(mean(self.blocks_per_request), 1),
+            # None where the run was over before the server could be asked.
+            "requests_running_mean": mean(self.requests_running),
+            "blocks_in_use_peak": peak(self.blocks_in_use),
+            "blocks_in_use_mean": mean(self.blocks_in_use),
+            "blocks_per_request_peak": peak(self.blocks_per_request),
+            "blocks_per_request_mean": mean(self.blocks_per_request),
             "blocks_freed": self.blocks_freed,
             "evictions": self.evictions,
             "preemptions": self.preemptions,
@@ -142,8 +143,12 @@ class Run:
         }
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def mean(values: Sequence[float]) -> float | None:
+    return round(sum(values) / len(values), 1) if values else None
+
+
+def peak(values: Sequence[float]) -> float | None:
+    return round(max(values), 1) if values else None
 
 
 def usable_blocks(metrics: Metrics) -> int:
@@ -290,7 +295,8 @@ def show(console: Console, settings: Settings, runs: list[Run]) -> None:
     for summary in summaries:
         table.add_column(f"kv_policy={summary['policy']}", justify="right")
     for key, label in ROWS.items():
-        table.add_row(label, *(f"{summary[key]:,}" for summary in summaries))
+        cells = ("not seen" if x[key] is None else f"{x[key]:,}" for x in summaries)
+        table.add_row(label, *cells)
     console.print(table)
     show_excerpt(console, settings, runs[-1])
 

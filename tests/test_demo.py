@@ -67,3 +67,20 @@ def test_the_excerpt_names_the_oldest_right_answer():
 def test_a_summary_counts_what_was_asked():
     summary = run("gkv", evictions=1).summary()
     assert (summary["facts_asked"], summary["facts_right_percent"]) == (8, 75.0)
+
+
+def test_a_run_that_was_never_sampled_says_so_in_its_table():
+    from io import StringIO
+
+    from rich.console import Console
+
+    seen, unseen = run("gkv", evictions=1), run("none")
+    seen.grades = [Grade([], 0)] * 2
+    seen.blocks_in_use, seen.blocks_per_request, seen.requests_running = [9, 12], [4.5, 6.0], [2, 2]
+    assert unseen.summary()["requests_running_mean"] is None
+    assert seen.summary()["blocks_in_use_peak"] == 12
+    assert seen.summary()["blocks_per_request_mean"] == 5.2
+    out = StringIO()
+    demo.show(Console(file=out, width=120), SETTINGS, [unseen, seen])
+    row = next(x for x in out.getvalue().splitlines() if "running together" in x)
+    assert "not seen" in row and "2.0" in row

@@ -138,10 +138,13 @@ def average_pool(scores: Tensor, kernel: int, padded: bool = True) -> Tensor:
     return pooled.view(scores.shape)
 
 
-def lift(scores: Tensor, span: int) -> Tensor:
+def lift(scores: Tensor, span: int, unit: int = 1) -> Tensor:
     """The score of each token, or the mean over the `span` (odd) around it where that is more.
 
-    Ours: a passage of which a part is worth keeping stays whole. [..., tokens]"""
+    Ours: a passage of which a part is worth keeping stays whole. Whole blocks (`unit` above 1)
+    are passages already, and are left as they are, as is everything by a span of 1. [..., units]"""
+    if span == 1 or unit > 1:
+        return scores
     return torch.maximum(scores, average_pool(scores, span, padded=False))
 
 

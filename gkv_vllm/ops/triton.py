@@ -221,9 +221,7 @@ class TritonLayerOps(EachLayer):
                 queries, self.layers, due, memory.history, slots, logical, **numbers
             )
         scores = self._mix(formula, importance, due, first.unit)
-        if formula.span == 1 or first.unit > 1:
-            return scores
-        return [reference.lift(of_request, formula.span) for of_request in scores]
+        return [reference.lift(of_request, formula.span, first.unit) for of_request in scores]
 
     def _mix(
         self, formula: GlobalScore, importance: list[Tensor], due: DueRequests, unit: int

@@ -131,9 +131,7 @@ class GKV(Policy):
         return self.alpha * torch.where(view.is_new(), present, past) + (1 - self.alpha) * present
 
     def score(self, view: View) -> Tensor:
-        scores, span = self._scores(view), self._setting("span")
-        if span > 1 and view.unit == 1:
-            scores = ops.lift(scores, span)
+        scores = ops.lift(self._scores(view), self._setting("span"), view.unit)
         count = round(self.random_share * view.keep)
         if not count:
             return scores

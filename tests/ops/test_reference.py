@@ -346,6 +346,7 @@ def test_a_token_is_lifted_to_what_its_neighbours_are_worth_and_never_lowered() 
     lifted = torch.tensor([[4.0, 2.0, 2.0, 0.0, -1.0, -2.5]])
     torch.testing.assert_close(ops.lift(scores, 3), lifted, rtol=0, atol=EPS * 4)
     assert torch.equal(ops.lift(scores, 1), scores)
+    assert torch.equal(ops.lift(scores, 3, unit=32), scores)  # blocks
 
 
 @pytest.mark.parametrize("kernel", [0, -1, 4])
