@@ -10,6 +10,9 @@ SERVE_ARGS ?= --config configs/serve/demo.yaml
 CPP := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h)
 FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/csrc/*.cpp)
 TEST_ARGS ?=
+# Processes of pytest. A server's start is one core's work for most of a minute.
+TEST_WORKERS ?= 2
+SHARED := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -49,10 +52,10 @@ serve: $(STAMP) $(MODEL)/config.json ## leave a server up on port 8000 (SERVE_AR
 	$(BIN)/vllm serve $(MODEL) $(SERVE_ARGS)
 
 test: $(STAMP) $(MODEL)/config.json ## run the suite (TEST_ARGS goes to pytest)
-	$(BIN)/pytest $(TEST_ARGS)
+	$(BIN)/pytest $(SHARED) $(TEST_ARGS)
 
 test-fast: $(STAMP) ## run the tests that start no engine
-	$(BIN)/pytest -m "not e2e and not gpu and not slow" $(TEST_ARGS)
+	$(BIN)/pytest $(SHARED) -m "not e2e and not gpu and not slow" $(TEST_ARGS)
 
 lint: $(STAMP) ## ruff and clang-format: rules and formatting
 	$(BIN)/ruff check .

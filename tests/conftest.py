@@ -17,6 +17,9 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # Before torch is imported. With more threads than free cores, OpenMP's busy waiting makes the
 # in-process engine twenty times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Under pytest-xdist several engines run at once, and vLLM would bind all of them to the same core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 # Triton's decorators read this when they are first imported, which vLLM does. It runs no Triton
 # kernel on a CPU by itself, so only the tests of ours are interpreted.
