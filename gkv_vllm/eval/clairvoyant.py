@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""How far any score could go: what a plan's exams lose when the future decides what is evicted.
+"""How much a cache of some size can hold: eviction by a policy that knows what will be asked.
 
 `python -m gkv_vllm.eval.clairvoyant PLAN --out DIR` reads each document once with the whole cache,
-notes which tokens its questions will look at, and reads it again with the cache that a server of
-the plan would have had if it had kept just those: what goes is what is needed least from then on,
-after Belady's rule. When requests fall due, and how much they keep, the engine's own planner says.
-No server runs: transformers reads, and every layer and KV head sees its own survivors.
+notes what its questions look at, and reads it again with the cache that a server of the plan would
+have had if it had evicted what they look at least from then on. When requests fall due, and how
+much they keep, the engine's own planner says. No server runs: transformers reads, and every layer
+and KV head sees its own survivors.
 
-Tokens are worth the most attention that any answer still to come pays them, so this is not the best
-that can be, but what can be had at least."""
+What is held that way can be held. What is not may be held all the same: the rule is greedy, and
+takes what the whole cache looks at for what a smaller one needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gkv_vllm.config import ConfigError, KVPolicyConfig, RequestPolicy
+from gkv_vllm.config import ConfigError, KVPolicyConfig, RequestPolicy, unknown_key
 from gkv_vllm.engine.plan import Selection, WorkerReport
 from gkv_vllm.engine.planner import EvictionPlanner
 from gkv_vllm.engine.spec import split_layers
 from gkv_vllm.eval import report
 from gkv_vllm.eval.ask import Prediction, predict
-from gkv_vllm.eval.exams import EXAMS, Question
+from gkv_vllm.eval.exams import EXAMS, Exam, Question
 from gkv_vllm.eval.plan import Cell, Plan, ServerPlan
 from gkv_vllm.eval.run import (
     FAR,
@@ -49,7 +50,8 @@ from gkv_vllm.policies.base import Needs
 
 ATTENTION = "gkv_clairvoyant"
 UNASKED = 1e-3
-"""What the attention of words counts for that answer nothing: among what no answer needs."""
+"""Weight of the attention of queries whose next word is no answer, beside 1 for the others: mostly
+it decides among tokens that no answer looks at."""
 Worth = Callable[[int], Tensor]
 """What each token is worth at a moment, given how many tokens are computed: float32
 [layers, kv_heads, tokens]."""
@@ -62,24 +64,28 @@ Worth = Callable[[int], Tensor]
 class Sight:
     """What the attention layers are told of one reading, and what they tell."""
 
-    lives: Tensor | None
-    """[layers, kv_heads, tokens] int64: the first query that does not see a token any more. None:
-    all see all."""
+    blind: Tensor | None
+    """[layers, kv_heads, tokens] int64: the first query that does not see a token any more, as many
+    as there are tokens where all do. None: nothing was evicted."""
     paid: list[Tensor] | None = None
-    """Filled with each layer's attention, [kv_heads, queries, keys]: the most of a query group."""
+    """Filled with each layer's attention, [kv_heads, queries, keys] float32: the most of a query
+    group."""
 
 
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **given: Any
 ) -> tuple[Tensor, None]:
-    """Attention for transformers, of one document: query [1, heads, tokens, head_dim]."""
+    """Attention for transformers, of one document, causal whatever `mask` says.
+
+    query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, head_dim]; returns
+    [1, tokens, heads, head_dim], and no weights."""
     sight: Sight = given["sight"]
     tokens, heads, kv_heads = query.shape[2], query.shape[1], key.shape[1]
     at = torch.arange(tokens, device=query.device)
     visible = (at[None, :] <= at[:, None]).expand(kv_heads, tokens, tokens)
-    if sight.lives is not None:
-        lives = sight.lives[module.layer_idx].to(query.device)
-        visible = visible & (at[None, :, None] < lives[:, None, :])
+    if sight.blind is not None:
+        blind = sight.blind[module.layer_idx].to(query.device)
+        visible = visible & (at[None, :, None] < blind[:, None, :])
     each = visible.repeat_interleave(heads // kv_heads, 0)[None]
     if sight.paid is not None:
         grouped = query[0].unflatten(0, (kv_heads, -1)) @ key[0, :, None].transpose(-1, -2)
@@ -108,7 +114,7 @@ class Reader:
 
     @torch.inference_mode()
     def read(self, tokens: list[int], sight: Sight) -> Tensor:
-        """Log-probabilities of what comes after each token: [tokens, vocabulary] float32."""
+        """Log-probabilities of what comes after each token: [tokens, vocabulary] float32, nats."""
         # No cache: there is nothing to go on from.
         logits = self.model(input_ids=torch.tensor([tokens]), use_cache=False, sight=sight).logits
         return logits[0].float().log_softmax(-1)
@@ -126,64 +132,68 @@ def follow(
     prompt: int,
     block_size: int,
     shape: tuple[int, int],
+    of_block: str = "best",
 ) -> tuple[Tensor, int]:
-    """When each of `tokens` leaves, if `worth` decides: `Sight.lives`, and how many evictions.
+    """When each of `tokens` leaves, if `worth` decides: `Sight.blind`, and how many evictions.
 
-    The prompt is computed in one step, then a token in each. shape: layers and KV heads."""
+    The prompt is computed in one step, then a token in each; the last one is never computed, as
+    nothing comes after it. shape: layers and KV heads. Layers and heads that share a kept set add
+    up what each token is worth to them; a block is worth its `best` token, or the `total`."""
     planner = EvictionPlanner(config, Needs(), block_size=block_size, num_slots=0)
     planner.add("", prompt_tokens=prompt, policy=policy)
-    lives = torch.full((*shape, tokens), tokens)
-    for computed in range(prompt, tokens):
+    blind = torch.full((*shape, tokens), tokens)
+    for computed in range(prompt, tokens - 1):
         step = planner.plan([("", computed)])
         for chosen in planner.compactions().values():
-            _evict_tokens(lives, worth(computed), chosen, config.scope, block_size)
+            _evict_tokens(blind, worth(computed), chosen, config.scope, block_size)
             planner.compacted("", chosen.candidates[0][: chosen.keep], {})
         for observed in step.observe.values():
             selection = observed.selection
             groups = split_layers(shape[0], len(selection.candidates), config.layer_split)
-            scores = _of_blocks(worth(computed), selection, groups, block_size)
+            scores = _of_blocks(worth(computed), selection, groups, block_size, of_block)
             planner.accept(WorkerReport({"": (observed.epoch, scores)}, 0, 0.0))
         for victims in planner.evictions().values():
             groups = split_layers(shape[0], len(victims), config.layer_split)
             for layer, group in enumerate(groups):
                 for block in victims[group]:
-                    lives[layer, :, block * block_size : (block + 1) * block_size] = computed
-    return lives, planner.stats.evictions
+                    blind[layer, :, block * block_size : (block + 1) * block_size] = computed
+    return blind, planner.stats.evictions
 
 
 def _evict_tokens(
-    lives: Tensor, worth: Tensor, chosen: Selection, scope: str, block_size: int
+    blind: Tensor, worth: Tensor, chosen: Selection, scope: str, block_size: int
 ) -> None:
-    """The candidates that are worth least leave; with a shared set, to whom they are worth most."""
+    """The candidates that are worth least leave."""
     now, first = chosen.num_tokens, chosen.protected * block_size
     count = len(chosen.candidates[0]) * block_size
     shared = {"head": (), "layer": (1,), "all": (0, 1)}[scope]
     if shared:
-        worth = worth.amax(shared, keepdim=True).expand_as(worth)
-    live = (lives[..., :now] > now).nonzero()[:, -1].unflatten(0, (*lives.shape[:2], -1))
+        worth = worth.sum(shared, keepdim=True).expand_as(worth)
+    live = (blind[..., :now] > now).nonzero()[:, -1].unflatten(0, (*blind.shape[:2], -1))
     candidates = live[..., first : first + count]
     stays = topk_keep(worth.gather(-1, candidates), chosen.keep * block_size)
     leaves = torch.ones_like(candidates, dtype=torch.bool).scatter_(-1, stays, False)
-    gone = candidates[leaves].unflatten(0, (*lives.shape[:2], -1))
-    lives.scatter_(-1, gone, now)
+    gone = candidates[leaves].unflatten(0, (*blind.shape[:2], -1))
+    blind.scatter_(-1, gone, now)
 
 
 def _of_blocks(
-    worth: Tensor, chosen: Selection, groups: list[int], block_size: int
+    worth: Tensor, chosen: Selection, groups: list[int], block_size: int, of_block: str
 ) -> list[list[float]]:
-    """Per layer group, the candidates by the token that is worth most to any layer and head."""
+    """Per layer group, what each candidate is worth to all its layers and heads."""
     found = []
     for group, blocks in enumerate(chosen.candidates):
         layers = [layer for layer, of in enumerate(groups) if of == group]
-        best = worth[layers].amax((0, 1))
-        found.append([float(best[b * block_size : (b + 1) * block_size].max()) for b in blocks])
+        each = worth[layers].sum((0, 1))
+        parts = [each[block * block_size : (block + 1) * block_size] for block in blocks]
+        found.append([float(x.max() if of_block == "best" else x.sum()) for x in parts])
     return found
 
 
 def foresight(paid: Tensor, asked: Tensor) -> Worth:
-    """Worth by the attention still to come; paid [layers, kv_heads, queries, keys] float32.
+    """Worth by the most attention that any one query still to come pays.
 
-    asked [queries] bool: the queries whose next word is an answer's."""
+    paid [layers, kv_heads, queries, keys] float32; asked [queries] bool, of `Text.asked`."""
     weighed = torch.where(asked[:, None], paid, UNASKED * paid).numpy()
     to_come = np.maximum.accumulate(weighed[..., ::-1, :], axis=-2)[..., ::-1, :]
     return lambda computed: torch.from_numpy(to_come[..., computed, :].copy())
@@ -194,44 +204,62 @@ def foresight(paid: Tensor, asked: Tensor) -> Worth:
 
 @dataclass
 class Text:
-    """A question with what its document pays attention to, read with the whole cache."""
+    """A question and the model that reads it; all of it in words, a token each."""
 
+    reader: Reader
+    exam: Exam
     question: Question
-    tokens: list[int]
-    whole: Tensor
-    """Log-probabilities with the whole cache."""
-    worth: Worth
 
-    @classmethod
-    def of(cls, reader: Reader, question: Question) -> Text:
-        tokens = encode([*question.prompt, *question.document])
-        sight = Sight(lives=None, paid=[])
-        whole = reader.read(tokens, sight)
-        assert sight.paid is not None
-        asked = torch.zeros(len(tokens), dtype=torch.bool)
-        for answer in question.asked:
-            own = question.owned(answer)
-            asked[len(question.prompt) + own.start - 1 : len(question.prompt) + own.stop - 1] = True
-        return cls(question, tokens, whole, foresight(torch.stack(sight.paid), asked))
-
-    def predict(self, exam: str, after: Tensor) -> Prediction:
-        """Graded like a text that a server read: answers are the model's top choices."""
-        prompt, words = len(self.question.prompt), list(self.question.document)
-        said = decode(after.argmax(-1).tolist())
+    @cached_property
+    def asked(self) -> Tensor:
+        """The queries whose next word is an answer's: [tokens] bool."""
+        asked = torch.zeros(len(self.question.prompt + [*self.question.document]), dtype=torch.bool)
         for answer in self.question.asked:
             for at in self.question.owned(answer):
-                words[at] = said[prompt + at - 1]
-        graded = predict(EXAMS[exam], self.question, " ".join(words), "length", FAR)
-        right = torch.tensor(self.tokens[prompt:])[:, None]
-        loss = -after[prompt - 1 : -1].gather(-1, right).mean()
-        return Prediction(**{**graded.as_json(), "loss": float(loss)})
+                asked[len(self.question.prompt) + at - 1] = True
+        return asked
+
+    @cached_property
+    def worth(self) -> Worth:
+        """By what the document's own words look at with the whole cache."""
+        sight = Sight(blind=None, paid=[])
+        self.reader.read(encode([*self.question.prompt, *self.question.document]), sight)
+        assert sight.paid is not None
+        return foresight(torch.stack(sight.paid), self.asked)
+
+    def predict(self, blind: Tensor | None) -> Prediction:
+        """What the model answers if it goes blind like that, graded.
+
+        Where the exam leaves answers in the text, right or wrong, it is read again with them until
+        it reads its own: each time one more of them stands, so that it ends."""
+        said = list(self.question.document)
+        for _ in range(len(self.question.document)):
+            given = said if self.exam.mode == "answers" else list(self.question.document)
+            tokens = encode([*self.question.prompt, *given])
+            after = self.reader.read(tokens, Sight(blind))
+            best = decode(after[self.asked].argmax(-1).tolist())
+            before, said = said, list(self.question.document)
+            places = self.asked.nonzero()[:, 0] + 1 - len(self.question.prompt)
+            for at, word in zip(places.tolist(), best, strict=True):
+                said[at] = word
+            if self.exam.mode != "answers" or said == before:
+                break
+        graded = predict(self.exam, self.question, " ".join(said), "length", FAR)
+        first = len(self.question.prompt)
+        each = after[first - 1 : -1].gather(-1, torch.tensor(tokens[first:])[:, None])
+        return replace(graded, loss=None if self.exam.mode == "answers" else -float(each.mean()))
 
 
 class Clairvoyant:
     """A plan's cells, each under its server's settings but for who decides."""
 
-    def __init__(self, plan: Plan, store: Store) -> None:
-        self.plan, self.store = plan, store
+    def __init__(self, plan: Plan, store: Store, of_block: str = "best") -> None:
+        """ConfigError for an exam whose words no document decides, or a model that is not there."""
+        exams = {cell.exam for server in plan.server_plans() for cell in server.cells}
+        for exam in sorted(exams):
+            if EXAMS[exam].mode == "writes":
+                raise ConfigError(f"exam {exam} is the model's own text: its future is not known")
+        self.plan, self.store, self.of_block = plan, store, of_block
         self.reader = Reader(plan.model)
         self.weights = weights_hash(Path(plan.model))
 
@@ -242,31 +270,22 @@ class Clairvoyant:
         for server, cell in cells:
             if self.store.has(cell.name):
                 self.store.check(cell, self._config(server, cell))
-        for exam in dict.fromkeys(cell.exam for _, cell in cells):
-            due = [x for x in cells if x[1].exam == exam and not self.store.has(x[1].name)]
-            if not due:
-                continue
-            texts = [Text.of(self.reader, question) for question in self._questions(exam)]
+        for name in dict.fromkeys(cell.exam for _, cell in cells):
+            due = [x for x in cells if x[1].exam == name and not self.store.has(x[1].name)]
+            seeds = range(self.plan.first_seed, self.plan.first_seed + self.plan.samples)
+            questions = [EXAMS[name].question(seed, self.plan.length) for seed in seeds]
+            texts = [Text(self.reader, EXAMS[name], question) for question in questions]
             for server, cell in due:
                 self._cell(server, cell, texts, tell)
-
-    def _questions(self, exam: str) -> list[Question]:
-        if EXAMS[exam].mode == "writes":
-            raise ConfigError(f"exam {exam} is the model's own text: there is no future to know")
-        first, count = self.plan.first_seed, self.plan.samples
-        return [
-            EXAMS[exam].question(seed, self.plan.length) for seed in range(first, first + count)
-        ]
 
     def _cell(self, server: ServerPlan, cell: Cell, texts: list[Text], tell: Report) -> None:
         started, found, evictions = time.perf_counter(), [], 0
         for text in texts:
-            after = text.whole
+            blind = None
             if cell.budget is not None:
-                lives, events = self._lives(server, cell, text)
-                after = self.reader.read(text.tokens, Sight(lives))
+                blind, events = self._blind(server, cell, text)
                 evictions += events
-            found.append(text.predict(cell.exam, after))
+            found.append(text.predict(blind))
             tell(cell.name, len(found), len(texts))
         seconds = round(time.perf_counter() - started, 2)
         measured = {"evictions": evictions, "seconds": seconds, "commit": commit()}
@@ -278,7 +297,7 @@ class Clairvoyant:
         plan = self.plan
         return {
             **asdict(cell),
-            "kv_policy": {**server.kv_policy, "policy": "clairvoyant"},
+            "kv_policy": {**server.kv_policy, "policy": "clairvoyant", "of_block": self.of_block},
             "block_size": server.block_size,
             "length": plan.length,
             "far": FAR,
@@ -287,19 +306,20 @@ class Clairvoyant:
             "dtype": "float32",
             "samples": plan.samples,
             "first_seed": plan.first_seed,
-            "mode": "reads",
+            "mode": EXAMS[cell.exam].mode,
         }
 
-    def _lives(self, server: ServerPlan, cell: Cell, text: Text) -> tuple[Tensor, int]:
+    def _blind(self, server: ServerPlan, cell: Cell, text: Text) -> tuple[Tensor, int]:
         config = KVPolicyConfig.from_mapping(server.settings)
         return follow(
             config,
             config.for_request(cell.xargs, server.block_size),
             text.worth,
-            tokens=len(text.tokens),
+            tokens=len(text.asked),
             prompt=len(text.question.prompt),
             block_size=server.block_size,
             shape=(self.reader.layers, self.reader.kv_heads),
+            of_block=self.of_block,
         )
 
 
@@ -311,14 +331,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the results; goes on there"
     )
+    parser.add_argument(
+        "--of-block",
+        choices=("best", "total"),
+        default="best",
+        help="what a block is worth: its best token, or the total of all of them",
+    )
     parser.add_argument("--baseline", help="the server to compare with; the plan's first")
     args = parser.parse_args(argv)
     try:
         plan = Plan.read(args.plan)
+        baseline = args.baseline or next(iter(plan.servers))
+        if baseline not in plan.servers:
+            raise ConfigError(unknown_key("baseline", baseline, plan.servers))
         store = open_store(args.out, args.plan)
         with progress() as tell:
-            Clairvoyant(plan, store).run(tell)
-        for path in report.write(store, args.baseline or next(iter(plan.servers))):
+            Clairvoyant(plan, store, args.of_block).run(tell)
+        for path in report.write(store, baseline):
             print(path)
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ import yaml
 
 from gkv_vllm.config import KVPolicyConfig
 from gkv_vllm.eval.__main__ import main
-from gkv_vllm.eval.clairvoyant import Reader, Sight, Text, follow
+from gkv_vllm.eval.clairvoyant import Reader, Text, follow
 from gkv_vllm.eval.exams import EXAMS
 from gkv_vllm.eval.store import Store
 from gkv_vllm.eval.vocabulary import encode
@@ -30,9 +30,20 @@ PLAN = {
     "exams": ["ledger", "prose"],
     "budgets": [96, 400],
     "record": 1,
+    "dtype": "float32",
     "common": {"interval": 32},
-    "servers": {"gkv": {"policy": "gkv"}},
+    "servers": {
+        "gkv": {"policy": "gkv"},
+        "groups": {
+            "policy": "gkv",
+            "granularity": "block",
+            "layer_groups": 2,
+            "exams": ["prose"],
+            "budgets": [96],
+        },
+    },
 }
+FORM = ("granularity", "layer_groups")
 
 
 @pytest.fixture(scope="module")
@@ -101,37 +112,42 @@ def test_what_is_read_costs_more_where_it_was_forgotten(measured):
     assert small["loss"] > full["loss"] and small["accuracy"] <= full["accuracy"]
 
 
-def test_offline_reading_says_what_the_engine_said(measured):
+@pytest.mark.parametrize("server", PLAN["servers"])
+def test_offline_reading_says_what_the_engine_said(measured, server):
     """With the survivors that a record names, and only with them; and when requests fall due."""
-    store, cell = Store(measured / "out"), "prose__gkv__b96__none"
+    store, cell = Store(measured / "out"), f"prose__{server}__b96__none"
     prediction = store.predictions(cell)[0]
     record = read_record(store.root / cell / f"{prediction['seed']}.npz")
     fates = fates_of(record)
     due = [event["num_tokens"] for event in fates.events]
     question = EXAMS["prose"].question(prediction["seed"], 448)
-    reader = Reader(PLAN["model"])
-    text = Text.of(reader, question)
-    left = torch.from_numpy(fates.left[0].astype(int)).unflatten(0, (2, 4))[..., : len(text.tokens)]
-    lives = torch.full_like(left, len(text.tokens))
+    text = Text(Reader(PLAN["model"]), EXAMS["prose"], question)
+    tokens = len(text.asked)
+    left = torch.from_numpy(fates.left[0].astype(int)).unflatten(0, (2, 4))[..., :tokens]
+    blind = torch.full_like(left, tokens)
     for number, now in enumerate(due):
-        lives[left == number] = now
-    assert (lives < len(text.tokens)).sum() > 1000 and (left[..., -1] == NEVER).all()
+        blind[left == number] = now
+    assert (blind < tokens).sum() > 1000 and (left[..., -1] == NEVER).all()
 
-    found = text.predict("prose", reader.read(text.tokens, Sight(lives)))
-    whole = text.predict("prose", text.whole)
-    # The engine computes in bfloat16; its loss is off by 0.0006 here, and eviction costs 0.04.
-    assert abs(found.loss - prediction["loss"]) < 0.005 < 0.03 < prediction["loss"] - whole.loss
-    assert abs(found.right - prediction["right"]) <= 1
+    found, whole = text.predict(blind), text.predict(None)
+    assert abs(found.loss - prediction["loss"]) < 1e-6 < 0.03 < prediction["loss"] - whole.loss
+    assert found.text == prediction["text"]
+    # One step later, and it is another text.
+    blind[blind < tokens] += 1
+    assert abs(text.predict(blind).loss - prediction["loss"]) > 1e-4
 
-    config = KVPolicyConfig.from_mapping({"policy": "gkv", "budget": 96, "interval": 32})
+    settings = {"policy": "gkv", "budget": 96, "interval": 32}
+    config = KVPolicyConfig.from_mapping(
+        settings | {k: v for k, v in PLAN["servers"][server].items() if k in FORM}
+    )
     ours, events = follow(
         config,
         config.for_request({"kv_protect": "none"}, 32),
         text.worth,
-        tokens=len(text.tokens),
+        tokens=tokens,
         prompt=len(question.prompt),
         block_size=32,
         shape=(2, 4),
     )
-    assert sorted(set(ours[ours < len(text.tokens)].tolist())) == due and events == len(due)
-    assert ((ours < len(text.tokens)).sum(-1) == (lives < len(text.tokens)).sum(-1)).all()
+    assert sorted(set(ours[ours < tokens].tolist())) == due and events == len(due)
+    assert ((ours < tokens).sum(-1) == (left < NEVER).sum(-1)).all()
