@@ -72,7 +72,7 @@ SPOILT = [
     ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism", "of 2"),
     ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism", "of 2"),
     ("parallel_config.enable_dbo", True, "dual batch overlap", "--enable-dbo"),
-    ("speculative_config", object(), "speculative decoding", "--speculative-config"),
+    ("speculative_config", "something", "speculative decoding", "--speculative-config"),
     (
         "attention_config.backend",
         backend("FLASHINFER"),
@@ -87,9 +87,9 @@ SPOILT = [
     ),
     ("cache_config.cache_dtype", "fp8", "quantised KV cache", "'fp8'"),
     ("cache_config.cache_dtype", "int8_per_token_head", "quantised KV cache", "'int8"),
-    ("kv_transfer_config", object(), "KV connectors", "--kv-transfer-config"),
+    ("kv_transfer_config", "something", "KV connectors", "--kv-transfer-config"),
     ("cache_config.kv_offloading_size", 1.0, "KV cache offloading", "--kv-offloading-size"),
-    ("attention_config.hisparse_config", object(), "HiSparse", "hisparse_config"),
+    ("attention_config.hisparse_config", "something", "HiSparse", "hisparse_config"),
     (
         "cache_config.kv_sharing_fast_prefill",
         True,
@@ -108,7 +108,7 @@ SPOILT = [
     ("model_config.is_encoder_decoder", True, "encoder-decoder models", "decoder-only"),
     ("model_config.runner_type", "pooling", "pooling models", "--runner generate"),
     ("model_config.is_diffusion", True, "diffusion language models", "diffusion"),
-    ("diffusion_config", object(), "diffusion language models", "diffusion"),
+    ("diffusion_config", "something", "diffusion language models", "diffusion"),
     ("model_config.uses_alibi", True, "ALiBi models", "rotary"),
     (
         "model_config.is_mm_prefix_lm",
