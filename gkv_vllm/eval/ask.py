@@ -83,9 +83,8 @@ def script(exam: Exam, question: Question) -> list[int]:
         return []
     tokens = encode(list(question.document))
     if exam.mode == "answers":
-        for answer in question.asked:
-            for at in question.owned(answer):
-                tokens[at] = OWN
+        for at in question.own:
+            tokens[at] = OWN
     return tokens
 
 
@@ -96,7 +95,7 @@ def said(exam: Exam, question: Question, choice: CompletionChoice) -> tuple[str,
     words = choice.text.split()
     if exam.mode == "writes":
         return choice.text, None
-    own = {at for answer in question.asked for at in question.owned(answer)}
+    own = set(question.own)
     given = [at for at in range(len(question.document)) if exam.mode == "reads" or at not in own]
     if len(words) != len(question.document) or any(
         words[at] != question.document[at] for at in given

@@ -213,10 +213,9 @@ class Text:
     @cached_property
     def asked(self) -> Tensor:
         """The queries whose next word is an answer's: [tokens] bool."""
-        asked = torch.zeros(len(self.question.prompt + [*self.question.document]), dtype=torch.bool)
-        for answer in self.question.asked:
-            for at in self.question.owned(answer):
-                asked[len(self.question.prompt) + at - 1] = True
+        prompt = len(self.question.prompt)
+        asked = torch.zeros(prompt + len(self.question.document), dtype=torch.bool)
+        asked[[prompt + at - 1 for at in self.question.own]] = True
         return asked
 
     @cached_property
@@ -239,8 +238,7 @@ class Text:
             after = self.reader.read(tokens, Sight(blind))
             best = decode(after[self.asked].argmax(-1).tolist())
             before, said = said, list(self.question.document)
-            places = self.asked.nonzero()[:, 0] + 1 - len(self.question.prompt)
-            for at, word in zip(places.tolist(), best, strict=True):
+            for at, word in zip(self.question.own, best, strict=True):
                 said[at] = word
             if self.exam.mode != "answers" or said == before:
                 break

@@ -59,6 +59,11 @@ class Question:
         end = answer.position - len(self.prompt) + 1
         return range(end - answer.words, end)
 
+    @property
+    def own(self) -> list[int]:
+        """Where words of any answer stand in what comes after the prompt, in order."""
+        return sorted({at for answer in self.asked for at in self.owned(answer)})
+
 
 @dataclass(frozen=True)
 class Exam:

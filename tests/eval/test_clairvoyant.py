@@ -226,30 +226,30 @@ def test_who_knows_the_future_answers_what_others_forget(reader, exam):
     assert right["clairvoyant"] >= 0.8 * asked > 0.5 * asked >= right["recency"]
 
 
+def without_the_old(reader, exam):
+    """A text, its words, and what remains of it to who keeps what is recent."""
+    question = EXAMS[exam].question(4, LENGTH)
+    text, words = Text(reader, EXAMS[exam], question), [*question.prompt, *question.document]
+    blind, _ = blind_of(recent, tokens=len(words), prompt=len(question.prompt))
+    return text, words, blind
+
+
 def test_a_wrong_answer_stays_in_the_text_as_if_it_had_been_written_word_by_word(reader):
     """Against a reading that lets one answer after the other be the model's own."""
-    exam = EXAMS["once-10"]
-    question = exam.question(4, LENGTH)
-    text = Text(reader, exam, question)
-    blind, _ = blind_of(recent, tokens=len(text.asked), prompt=len(question.prompt))
-    words = [*question.prompt, *question.document]
+    text, words, blind = without_the_old(reader, "once-10")
     wrong = 0
     for at in text.asked.nonzero()[:, 0].tolist():
         (said,) = decode(reader.read(encode(words), Sight(blind))[[at]].argmax(-1).tolist())
         wrong += said != words[at + 1]
         words[at + 1] = said
     found = text.predict(blind)
-    assert found.text.split() == words[len(question.prompt) :]
+    assert found.text.split() == words[len(text.question.prompt) :]
     assert found.right == found.answers - wrong and wrong > 5 and found.loss is None
 
 
 def test_what_is_read_stays_the_documents_and_has_a_loss(reader):
-    exam = EXAMS["prose"]
-    question = exam.question(4, LENGTH)
-    text = Text(reader, exam, question)
-    blind, _ = blind_of(recent, tokens=len(text.asked), prompt=len(question.prompt))
-    words = [*question.prompt, *question.document]
-    after, first = reader.read(encode(words), Sight(blind)), len(question.prompt)
+    text, words, blind = without_the_old(reader, "prose")
+    after, first = reader.read(encode(words), Sight(blind)), len(text.question.prompt)
     each = [after[at - 1, token] for at, token in enumerate(encode(words)) if at >= first]
     found = text.predict(blind)
     assert found.loss == pytest.approx(-sum(map(float, each)) / len(each), abs=1e-5)
