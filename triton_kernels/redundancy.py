@@ -44,6 +44,13 @@ TILE = 64
 
 
 @triton.jit
+def _inverse_norms(keys):
+    """1 / |k| of each key [tokens, DIM], in float32."""
+    wide = keys.to(tl.float32)
+    return 1 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), SMALLEST_NORM)
+
+
+@triton.jit
 def _row_sums_kernel(
     key_pointers,
     key_type,
@@ -96,7 +103,7 @@ def _row_sums_kernel(
             HEAD_DIM,
             DIM,
         ).to(tl.float32)
-        inverse = 1 / tl.maximum(tl.sqrt(tl.sum(key * key, 1)), SMALLEST_NORM)
+        inverse = _inverse_norms(key)
         total += tl.sum(key * inverse[:, None], 0)
         tl.store(inverse_norms + mine + at, inverse, mask=at < end)
         tl.store(losses + mine + at, tl.zeros([TILE], tl.int64), mask=at < end)
@@ -114,7 +121,7 @@ def _row_sums_kernel(
             HEAD_DIM,
             DIM,
         ).to(tl.float32)
-        inverse = 1 / tl.maximum(tl.sqrt(tl.sum(key * key, 1)), SMALLEST_NORM)
+        inverse = _inverse_norms(key)
         unit = key * inverse[:, None]
         # With all keys, without itself.
         tl.store(sums + mine + at, tl.sum(unit * (total[None, :] - unit), 1), mask=at < end)
@@ -209,6 +216,84 @@ def _last_similar_kernel(
             tl.atomic_add(losses + mine + newest, (lost * ONE).to(tl.int64), mask=found)
             looks = tl.where(found, 0, looks)
             start -= TILE
+
+
+@triton.jit
+def _superseded_kernel(
+    key_pointers,
+    key_type,
+    tables,
+    table_of_layer,
+    numbers,
+    found,
+    block_stride,
+    head_stride,
+    token_stride,
+    dim_stride,
+    table_width,
+    heads,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """The largest cosine of each key to a newer one, at least 0.
+
+    One program per tile of columns, layer and head, and request; it walks the rows from there on.
+    """
+    layers, requests = tl.num_programs(1) // heads, tl.num_programs(2)
+    layer, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    request = tl.program_id(2)
+    protected = protected_of(numbers, request, requests)
+    count = live_tokens_of(numbers, request, requests) - protected
+    first = tl.program_id(0) * TILE
+    if first < count:
+        which = tl.load(table_of_layer + layer) * requests + request
+        table = tables + which.to(tl.int64) * table_width + protected // BLOCK_SIZE
+        keys = load_pointer(key_pointers, layer, key_type) + head.to(tl.int64) * head_stride
+        before = unprotected_before(numbers, request, requests)
+        mine = row_of(before, count, layer, head, layers, heads)
+
+        column = first + tl.arange(0, TILE)
+        column_key = load_live_keys(
+            keys,
+            table,
+            column,
+            count,
+            block_stride,
+            token_stride,
+            dim_stride,
+            BLOCK_SIZE,
+            HEAD_DIM,
+            DIM,
+        )
+        if INTERPRET:  # its dot takes the bits of bfloat16 for integers
+            column_key = column_key.to(tl.float32)
+        column_norm = _inverse_norms(column_key)
+        best = tl.zeros([TILE], tl.float32)
+        for start in range(first, count, TILE):
+            row = start + tl.arange(0, TILE)
+            row_key = load_live_keys(
+                keys,
+                table,
+                row,
+                count,
+                block_stride,
+                token_stride,
+                dim_stride,
+                BLOCK_SIZE,
+                HEAD_DIM,
+                DIM,
+            )
+            if INTERPRET:
+                row_key = row_key.to(tl.float32)
+            cosine = tl.dot(column_key, tl.trans(row_key), input_precision="tf32x3")
+            cosine = cosine * column_norm[:, None] * _inverse_norms(row_key)[None, :]
+            # Padding rows have cosines of 0, which no result is less than.
+            newer = row[None, :] > column[:, None]
+            best = tl.maximum(best, tl.max(tl.where(newer, cosine, 0.0), 1))
+        tl.store(found + mine + column, best, mask=column < count)
 
 
 @triton.jit
@@ -331,6 +416,32 @@ def redundancy(
     return sums
 
 
+def superseded(layers: PagedLayers, due: DueRequests) -> list[Tensor]:
+    """`reference.superseded` of each due request's unprotected keys, in every layer and head.
+
+    Returns one float32 [layers, kv_heads, live_tokens - protected] per request. ValueError says
+    what does not fit."""
+    check_layers(due, layers.num_layers, layers.block_size)
+    key, lengths = layers.keys[0], due.unprotected
+    found = ragged(lengths, layers.num_layers, layers.kv_heads, key)
+    sizes = tiles(layers.block_size, layers.head_dim, key.element_size())
+    rows = layers.num_layers * layers.kv_heads
+    _superseded_kernel[(triton.cdiv(max(lengths), sizes["TILE"]), rows, due.num_requests)](
+        layers.key_pointers,
+        key,
+        due.tables,
+        due.table_of_layer,
+        due.numbers,
+        found[0],
+        *key.stride(),
+        due.tables.shape[2],
+        layers.kv_heads,
+        **sizes,
+        INTERPRET=triton.knobs.runtime.interpret,
+    )
+    return found
+
+
 def mix_scores(
     importance: Sequence[Tensor],
     redundancy: Sequence[Tensor] | None,
@@ -389,6 +500,14 @@ def tiles(block_size: int, head_dim: int, itemsize: int) -> dict[str, int]:
     )
 
 
+INTEGERS = ("span", "table_width", "heads")
+OUTPUTS: dict[Any, dict[str, str]] = {
+    _row_sums_kernel: {"sums": "*fp32", "inverse_norms": "*fp32", "losses": "*i64"},
+    _last_similar_kernel: {"inverse_norms": "*fp32", "losses": "*i64"},
+    _superseded_kernel: {"found": "*fp32"},
+}
+
+
 def _over_keys(kernel: Any, dtype: str, head_dim: int, tile: int | None) -> Signature:
     sizes = tiles(16, head_dim, 2)
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
@@ -400,22 +519,23 @@ def _over_keys(kernel: Any, dtype: str, head_dim: int, tile: int | None) -> Sign
         "tables": "*i32",
         "table_of_layer": "*i32",
         "numbers": "*i32",
-        "inverse_norms": "*fp32",
-        "losses": "*i64",
+        **OUTPUTS[kernel],
     }
     strides = ("block_stride", "head_stride", "token_stride")
-    pairs = kernel is _last_similar_kernel
-    if not pairs:
-        pointers["sums"] = "*fp32"
+    integers = ("table_width", "heads") if kernel is _superseded_kernel else INTEGERS
     return Signature(
         kernel=kernel,
         name=f"{dtype} d{head_dim} tiles of {sizes['TILE']}",
         signature={
             **pointers,
-            **dict.fromkeys((*strides, "span", "table_width", "heads"), "i32"),
-            **({"threshold": "fp32"} if pairs else {}),
+            **dict.fromkeys((*strides, *integers), "i32"),
+            **({"threshold": "fp32"} if kernel is _last_similar_kernel else {}),
         },
-        constexprs={**sizes, "dim_stride": 1, **({"INTERPRET": False} if pairs else {})},
+        constexprs={
+            **sizes,
+            "dim_stride": 1,
+            **({} if kernel is _row_sums_kernel else {"INTERPRET": False}),
+        },
         divisible_by_16=(*pointers, *strides),
         num_warps=warps,
         num_stages=stages,
@@ -458,6 +578,7 @@ SIGNATURES = [
             (_row_sums_kernel, None),
             (_row_sums_kernel, 16),
             (_last_similar_kernel, None),
+            (_superseded_kernel, None),
         )
     ),
     _over_keys(_last_similar_kernel, "bf16", 256, None),

@@ -73,6 +73,12 @@ struct Redundancy {
   float* out;  // [kv_heads, tokens - start]
 };
 
+struct Superseded {
+  LiveKeys keys;
+  int64_t start;  // first token that takes part, a multiple of the block size
+  float* out;     // [kv_heads, tokens - start]
+};
+
 struct KeyNorms {
   LiveKeys keys;
   float* out;  // [kv_heads, tokens]
@@ -125,6 +131,7 @@ struct Kernels {
   void (*local_scores[kNumDTypes])(const LocalScores&, float* partial, int64_t begin, int64_t end);
   // Task: head.
   void (*redundancy[kNumDTypes])(const Redundancy&, int64_t begin, int64_t end);
+  void (*superseded[kNumDTypes])(const Superseded&, int64_t begin, int64_t end);
   void (*key_norms[kNumDTypes])(const KeyNorms&, int64_t begin, int64_t end);
   void (*compact)(const Compact&, int64_t begin, int64_t end);
   void (*topk_keep)(const TopK&, int64_t begin, int64_t end);

@@ -25,6 +25,7 @@ const Kernels kernels = {
     GKV_NAME(GKV_ISA),
     GKV_EACH(local_scores),
     GKV_EACH(redundancy),
+    GKV_EACH(superseded),
     GKV_EACH(key_norms),
     compact,
     topk_keep,

@@ -154,16 +154,32 @@ Tensor local_scores(const Tensor& queries, const Tensor& kv_cache, const Tensor&
   return out;
 }
 
+void check_start(int64_t start, const LiveKeys& keys, const char* op) {
+  STD_TORCH_CHECK(start >= 0 && start < keys.tokens && start % keys.cache.block_size == 0, op,
+                  ": start=", start, " must be a multiple of the block size below live_tokens");
+}
+
 Tensor redundancy(const Tensor& kv_cache, const Tensor& block_ids, int64_t start,
                   int64_t live_tokens, double threshold, bool within_blocks) {
   const char* op = "redundancy";
   const LiveKeys keys = live_keys(kv_cache, block_ids, live_tokens, op);
-  STD_TORCH_CHECK(start >= 0 && start < live_tokens && start % keys.cache.block_size == 0, op,
-                  ": start=", start, " must be a multiple of the block size below live_tokens");
+  check_start(start, keys, op);
   STD_TORCH_CHECK(threshold > -1 && threshold <= 1, op, ": threshold must be a cosine");
   Tensor out = new_floats(kv_cache, {keys.cache.kv_heads, live_tokens - start});
   const Redundancy x{keys, start, static_cast<float>(threshold), within_blocks, floats(out)};
   const auto kernel = active_kernels().redundancy[dtype_of(kv_cache, op, "kv_cache")];
+  for_tasks(keys.cache.kv_heads, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
+  return out;
+}
+
+Tensor superseded(const Tensor& kv_cache, const Tensor& block_ids, int64_t start,
+                  int64_t live_tokens) {
+  const char* op = "superseded";
+  const LiveKeys keys = live_keys(kv_cache, block_ids, live_tokens, op);
+  check_start(start, keys, op);
+  Tensor out = new_floats(kv_cache, {keys.cache.kv_heads, live_tokens - start});
+  const Superseded x{keys, start, floats(out)};
+  const auto kernel = active_kernels().superseded[dtype_of(kv_cache, op, "kv_cache")];
   for_tasks(keys.cache.kv_heads, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
   return out;
 }
@@ -351,6 +367,7 @@ std::tuple<Tensor, Tensor, int64_t> squeeze_live_table(const Tensor& block_table
 STABLE_TORCH_LIBRARY_IMPL(gkv, CPU, m) {
   m.impl("local_scores", TORCH_BOX(&gkv::local_scores));
   m.impl("redundancy", TORCH_BOX(&gkv::redundancy));
+  m.impl("superseded", TORCH_BOX(&gkv::superseded));
   m.impl("key_norms", TORCH_BOX(&gkv::key_norms));
   m.impl("block_max", TORCH_BOX(&gkv::block_max));
   m.impl("topk_keep", TORCH_BOX(&gkv::topk_keep));

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-// Mean cosine similarities in which near-duplicates excuse the newest, and key norms; the oracles
-// are ops/reference.py: redundancy, redundancy_in_block. Included by kernels.inc.h.
+// Mean cosine similarities in which near-duplicates excuse the newest, the largest cosines to newer
+// keys, and key norms; the oracles are ops/reference.py: redundancy, redundancy_in_block,
+// superseded. Included by kernels.inc.h.
 //
 // With u the keys at unit length, the mean of row i is u_i . (sum of all u), less its own term,
 // less the entries that columns lose in row i. The sum costs O(tokens). Of the matrix itself only
@@ -160,6 +161,45 @@ void redundancy(const Redundancy& x, int64_t begin, int64_t end) {
     for (int64_t done = 0; done < all; done += step)
       redundancy_among<T>(x, head, x.start + done, std::min(step, all - done), share,
                           x.out + head * all + done);
+}
+
+// best[t] = max(best[t], c[r][t] * row[r]) over all rows.
+GKV_INLINE void largest_of_columns(const float* c, const float* row, float* best) {
+  for (int64_t t = 0; t < kTile; t += kLanes) {
+    Floats found = load(best + t);
+    for (int64_t r = 0; r < kTile; ++r) found = maximum(found, load(c + r * kTile + t) * row[r]);
+    store(best + t, found);
+  }
+}
+
+// Half the matrix of cosines, a tile of columns at a time. Rows behind the last token are 0, as is
+// what may not count, since no result is less.
+template <class T>
+void superseded(const Superseded& x, int64_t begin, int64_t end) {
+  const int64_t depth = x.keys.cache.head_dim, count = x.keys.tokens - x.start;
+  const int64_t tiles = (count + kTile - 1) / kTile;
+  float *a = scratch<kTileA>(depth * kTile), *b = scratch<kTileB>(depth * kTile);
+  float *c = scratch<kProduct>(kTile * kTile), *inverse = scratch<kVectors>(tiles * kTile);
+  for (int64_t head = begin; head < end; ++head) {
+    for (int64_t i = 0; i < tiles; ++i)
+      inverse_norms(load_clean_tile<T>(x.keys, head, x.start + i * kTile, a), depth,
+                    inverse + i * kTile);
+    for (int64_t j = 0; j < tiles; ++j) {
+      const Tile older = load_clean_tile<T>(x.keys, head, x.start + j * kTile, b);
+      float best[kTile] = {};
+      for (int64_t i = j; i < tiles; ++i) {
+        const Tile newer =
+            i == j ? older : load_clean_tile<T>(x.keys, head, x.start + i * kTile, a);
+        tile_product(newer.data, newer.stride, kTile, older, depth, c, kTile);
+        for (int64_t r = 0; i == j && r < kTile; ++r)
+          std::fill(c + r * kTile + r, c + (r + 1) * kTile, 0.0f);
+        largest_of_columns(c, inverse + i * kTile, best);
+      }
+      const int64_t valid = std::min(kTile, count - j * kTile);
+      for (int64_t t = 0; t < valid; ++t)
+        x.out[head * count + j * kTile + t] = best[t] * inverse[j * kTile + t];
+    }
+  }
 }
 
 template <class T>

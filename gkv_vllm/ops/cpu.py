@@ -50,6 +50,11 @@ class CPUOps(ReferenceOps):
     ) -> Tensor:
         return torch.ops.gkv.redundancy(kv_cache, block_ids, start, live_tokens, threshold, True)
 
+    def superseded(
+        self, kv_cache: Tensor, block_ids: Tensor, start: int, live_tokens: int
+    ) -> Tensor:
+        return torch.ops.gkv.superseded(kv_cache, block_ids, start, live_tokens)
+
     def key_norms(self, kv_cache: Tensor, block_ids: Tensor, live_tokens: int) -> Tensor:
         return torch.ops.gkv.key_norms(kv_cache, block_ids, live_tokens)
 

@@ -122,6 +122,11 @@ class LayerOps(Protocol):
         Among the keys of each cache block alone where asked for (`reference.redundancy_in_block`).
         Returns [layers, kv_heads, live_tokens - start]."""
 
+    def superseded(self, block_ids: Tensor, start: int, live_tokens: int) -> Tensor:
+        """`reference.superseded` of the live keys from `start` (a multiple of the block size) on.
+
+        Returns [layers, kv_heads, live_tokens - start]."""
+
     def key_norms(self, block_ids: Tensor, live_tokens: int) -> Tensor:
         """L2 norms of the live keys: [layers, kv_heads, live_tokens]."""
 
@@ -195,6 +200,11 @@ class EachLayer:
         compare = self.ops.redundancy_in_block if within_blocks else self.ops.redundancy
         return self._each(
             lambda i, cache: compare(cache, block_ids[i], start, live_tokens, threshold)
+        )
+
+    def superseded(self, block_ids: Tensor, start: int, live_tokens: int) -> Tensor:
+        return self._each(
+            lambda i, cache: self.ops.superseded(cache, block_ids[i], start, live_tokens)
         )
 
     def key_norms(self, block_ids: Tensor, live_tokens: int) -> Tensor:

@@ -63,6 +63,11 @@ class PagedOps(Protocol):
     ) -> Tensor:
         """The same with `reference.redundancy_in_block`."""
 
+    def superseded(
+        self, kv_cache: Tensor, block_ids: Tensor, start: int, live_tokens: int
+    ) -> Tensor:
+        """`reference.superseded` of the same keys: [kv_heads, live_tokens - start]."""
+
     def key_norms(self, kv_cache: Tensor, block_ids: Tensor, live_tokens: int) -> Tensor:
         """L2 norms of the live keys: [kv_heads, live_tokens]."""
 
@@ -167,6 +172,11 @@ class ReferenceOps:
     ) -> Tensor:
         keys = self._keys(kv_cache, block_ids)[:, start:live_tokens]
         return reference.redundancy_in_block(keys, kv_cache.shape[2], threshold)
+
+    def superseded(
+        self, kv_cache: Tensor, block_ids: Tensor, start: int, live_tokens: int
+    ) -> Tensor:
+        return reference.superseded(self._keys(kv_cache, block_ids)[:, start:live_tokens])
 
     def key_norms(self, kv_cache: Tensor, block_ids: Tensor, live_tokens: int) -> Tensor:
         return self._keys(kv_cache, block_ids)[:, :live_tokens].float().norm(dim=-1)

@@ -93,6 +93,16 @@ def superseded(keys: Tensor) -> Tensor:
     return (unit @ unit.transpose(-1, -2)).triu_(1).amax(-1)
 
 
+def restated(superseded: Tensor, threshold: float) -> Tensor:
+    """How surely each token was said again later, together with its neighbours: 0 to 1.
+
+    Ours: how far its cosine to a newer key (`superseded`) lies above `threshold`, on a scale from
+    there to 1; of it and the tokens to its left and right the least, so that a passage goes as a
+    whole, and a word that only recurs stays. [..., tokens]"""
+    above = ((superseded - threshold) / (1 - threshold)).clamp_min(0)
+    return -max_pool(-above, 3)
+
+
 def redundancy_in_block(keys: Tensor, block_size: int, threshold: float) -> Tensor:
     """`redundancy` among the keys of each block alone (Zipage, arXiv 2603.08743).
 

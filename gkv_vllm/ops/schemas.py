@@ -43,6 +43,11 @@ def redundancy(kv_cache: Tensor, block_ids: Tensor, start: int, live_tokens: int
     return _floats(kv_cache, kv_cache.shape[1], live_tokens - start)
 
 
+@_operator("(Tensor kv_cache, Tensor block_ids, int start, int live_tokens) -> Tensor")
+def superseded(kv_cache: Tensor, block_ids: Tensor, start: int, live_tokens: int):
+    return _floats(kv_cache, kv_cache.shape[1], live_tokens - start)
+
+
 @_operator("(Tensor kv_cache, Tensor block_ids, int live_tokens) -> Tensor")
 def key_norms(kv_cache: Tensor, block_ids: Tensor, live_tokens: int):
     return _floats(kv_cache, kv_cache.shape[1], live_tokens)

@@ -156,6 +156,12 @@ class TritonLayerOps(EachLayer):
         )
         return similarity
 
+    def superseded(self, block_ids: Tensor, start: int, live_tokens: int) -> Tensor:
+        (cosines,) = redundancy.superseded(
+            self.layers, self._alone(block_ids, live_tokens, start, 1)
+        )
+        return cosines
+
     def key_norms(self, block_ids: Tensor, live_tokens: int) -> Tensor:
         return key_norms.key_norms(self.layers, block_ids, live_tokens)
 
@@ -221,6 +227,15 @@ class TritonLayerOps(EachLayer):
                 queries, self.layers, due, memory.history, slots, logical, **numbers
             )
         scores = self._mix(formula, importance, due, first.unit)
+        if formula.restated is not None:
+            scores = [
+                of_request
+                - (1 - formula.score_weight)
+                * view.units(view.restated(formula.restated, cosines), by="mean")
+                for of_request, view, cosines in zip(
+                    scores, views, redundancy.superseded(self.layers, due), strict=True
+                )
+            ]
         return [reference.lift(of_request, formula.span, first.unit) for of_request in scores]
 
     def _mix(

@@ -51,6 +51,7 @@ class GlobalScore:
     threshold: float = 0.5
     history: Literal["max", "sum"] = "max"
     span: int = 1
+    restated: float | None = None
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,13 @@ class GKV(Policy):
     `span` follow the variant unless given. `combine_by` is how layers and heads agree where they
     share a kept set.
 
+    `restated`, a cosine (0.8), takes off what was said again later as a whole passage:
+
+        Z <- Z - (1 - score_weight) W, W the least over a token and its two neighbours of
+        max(0, C - restated) / (1 - restated), C a key's largest cosine to a newer one
+
+    (`View.restated`), before `span` lifts what is around it.
+
     Three more options of ours. `redundancy="superseded"` makes R the largest cosine to a newer
     key, as it is (`View.superseded`): what is said again later goes first. `value_power` p weighs F
     by (||v|| / mean ||v||)^p before Z, and divides by the maximum again: what a token adds to the
@@ -92,6 +99,7 @@ class GKV(Policy):
     redundancy: Literal["exact", "block", "superseded", "none"] | None = None
     combine_by: Literal["mean", "max", "rank"] = "mean"
     span: int | None = None
+    restated: float | None = None
     value_power: float = 0.0
     random_share: float = 0.0
 
@@ -102,6 +110,8 @@ class GKV(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.restated is not None and not 0.0 <= self.restated < 1.0:
+            raise ValueError(f"restated must be 0 or more and below 1, got {self.restated}")
         for name in ("alpha", "score_weight", "random_share"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
@@ -140,6 +150,13 @@ class GKV(Policy):
         return scores + bonus.to(scores.device)  # a new tensor: these may be the history itself
 
     def _scores(self, view: View) -> Tensor:
+        scores = self._mixed(view)
+        if self.restated is None:
+            return scores
+        again = view.units(view.restated(self.restated), by="mean")
+        return scores - (1 - self._setting("score_weight")) * again
+
+    def _mixed(self, view: View) -> Tensor:
         weight, kind = self._setting("score_weight"), self._setting("redundancy")
         importance = self._importance(view)
         if self.value_power:
@@ -172,6 +189,7 @@ class GKV(Policy):
             redundancy=self._setting("redundancy"),
             history=self._setting("history"),
             span=self._setting("span"),
+            restated=self.restated,
         )
 
     def _importance(self, view: View) -> Tensor:

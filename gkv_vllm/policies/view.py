@@ -102,16 +102,20 @@ class View:
         similarity = self.ops.redundancy(
             self.block_ids, self.protected, self.live_tokens, threshold, within_blocks
         )
-        shares = (similarity / temperature).softmax(-1)
-        return self._older(torch.nn.functional.pad(shares, (self.protected, 0)))
+        return self._unprotected((similarity / temperature).softmax(-1))
 
     def superseded(self) -> Tensor:
         """How much a newer unprotected key resembles each: the largest cosine, at least 0.
 
-        0 at protected tokens. From a dense copy, a layer at a time: slow but plain."""
-        keys = self.keys()[..., self.protected :, :]
-        each = torch.stack([reference.superseded(of_layer) for of_layer in keys])
-        return self._older(torch.nn.functional.pad(each, (self.protected, 0)))
+        0 at protected tokens."""
+        return self._unprotected(self._cosines_to_newer())
+
+    def restated(self, threshold: float, cosines: Tensor | None = None) -> Tensor:
+        """How surely each unprotected token was said again later: `reference.restated`.
+
+        0 at protected ones. cosines: what `ops.superseded` gave, if it was called already."""
+        cosines = self._cosines_to_newer() if cosines is None else cosines
+        return self._unprotected(reference.restated(cosines, threshold))
 
     def key_norms(self) -> Tensor:
         """The L2 norm of each key."""
@@ -135,6 +139,13 @@ class View:
     def keys(self) -> Tensor:
         """A dense copy of the keys, [layers, kv_heads, live_tokens, head_dim]: slow but plain."""
         return self.ops.keys(self.block_ids, self.live_tokens)
+
+    def _cosines_to_newer(self) -> Tensor:
+        return self.ops.superseded(self.block_ids, self.protected, self.live_tokens)
+
+    def _unprotected(self, numbers: Tensor) -> Tensor:
+        """Those of the unprotected tokens, with 0 for the protected ones."""
+        return self._older(torch.nn.functional.pad(numbers, (self.protected, 0)))
 
     def _older(self, per_token: Tensor) -> Tensor:
         return per_token[..., : self.live_tokens - self.window]

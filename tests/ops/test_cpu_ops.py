@@ -144,11 +144,11 @@ def test_results_do_not_depend_on_threads_or_on_where_blocks_lie(
                 queries, r.cache, r.ids, 2500, r.scale, 0.0, "max_probability"
             )
             similarity = ops.redundancy(r.cache, r.ids, 32, 2500, 0.5)
+            newer = ops.superseded(r.cache, r.ids, 32, 2500)
         finally:
             torch.set_num_threads(before)
-        found.append((scores, similarity))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
+        found.append((scores, similarity, newer))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # ---- redundancy and norms
@@ -200,6 +200,37 @@ def test_duplicates_and_zero_keys(ops: PagedOps) -> None:
     torch.testing.assert_close(
         found, REFERENCE.redundancy(r.cache, r.ids, 0, 90, 0.5), rtol=0, atol=1e-5
     )
+
+
+@shapes
+@pytest.mark.parametrize("spread", [0.2, 1.5, 20.0])
+@pytest.mark.parametrize("protected_blocks", [0, 1])
+def test_superseded(ops: PagedOps, shape: Shape, spread: float, protected_blocks: int) -> None:
+    start = protected_blocks * shape.block_size
+    if start >= shape.tokens:
+        pytest.skip("nothing is left to compare")
+    r = Request(shape, keys=similar_keys(shape, spread))
+    found = ops.superseded(r.cache, r.ids, start, shape.tokens)
+    expected = REFERENCE.superseded(r.cache, r.ids, start, shape.tokens)
+    # Each cosine sums head_dim products whose magnitudes sum up to at most 1.
+    torch.testing.assert_close(found, expected, rtol=0, atol=8 * EPS * shape.head_dim**0.5)
+    assert (found[:, -1] == 0).all()  # nothing is newer than the newest
+
+
+def test_what_only_the_opposite_or_nothing_follows_is_not_superseded(ops: PagedOps) -> None:
+    right = torch.eye(64)[0]
+    keys = torch.zeros(1, 70, 64)
+    keys[0, 3], keys[0, 40], keys[0, 69] = right, -2 * right, 3 * right
+    found = ops.superseded(*paged_keys(keys), 0, 70)
+    expected = torch.zeros(1, 70)
+    expected[0, 3] = 1  # by the last; the middle one has its opposite after it alone
+    torch.testing.assert_close(found, expected, rtol=0, atol=EPS)
+
+
+def paged_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """A cache that holds these keys [kv_heads, tokens, head_dim], and its blocks."""
+    r = Request(Shape(keys.shape[1], kv_heads=keys.shape[0], head_dim=keys.shape[2]), keys=keys)
+    return r.cache, r.ids
 
 
 @shapes
@@ -446,6 +477,7 @@ def test_schemas_declare_what_is_written_and_fakes_fit() -> None:
     calls = [
         (gkv.local_scores, (r.queries, r.cache, r.ids, 100, 0.1, 0.0, "max_logit")),
         (gkv.redundancy, (r.cache, r.ids, 32, 100, 0.5, False)),
+        (gkv.superseded, (r.cache, r.ids, 32, 100)),
         (gkv.key_norms, (r.cache, r.ids, 100)),
         (gkv.block_max, (random(2, 64, seed=1), 32)),
         (gkv.topk_keep, (random(2, 64, seed=1), 7)),

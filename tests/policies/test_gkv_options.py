@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""The options of gkv that the paper lacks: spans, values, what is superseded, a share drawn."""
+"""The options of gkv that the paper lacks: spans, values, what is said again, a share drawn."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from gkv_vllm.ops.reference import superseded
+from gkv_vllm.ops.reference import restated, superseded
 from gkv_vllm.policies.gkv import GKV
 
 from .test_identities import EPS, at_eviction, granularities, implementations, models
@@ -92,6 +92,49 @@ def test_what_a_newer_key_resembles_counts_less(model, moves_tokens, implementat
     )
 
 
+def test_a_passage_is_restated_as_surely_as_its_least_part():
+    cosines = torch.tensor([[0.9, 1.0, 0.8, 0.6, 1.0, 0.2, 1.0, 1.0]])
+    found = restated(cosines, 0.6)
+    expected = torch.tensor([[0.75, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
+    torch.testing.assert_close(found, expected)
+
+
+@models
+@granularities
+@implementations
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_what_is_said_again_as_a_passage_counts_less(model, moves_tokens, implementation, weight):
+    settings = {"score_weight": weight, "temperature": 0.5}
+    view, plain = at_eviction(GKV(**settings), model, moves_tokens, implementation=implementation)
+    _, less = at_eviction(
+        GKV(**settings, restated=0.4), model, moves_tokens, implementation=implementation
+    )
+    keys = view.keys().double()[..., view.protected :, :]
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    cosines = (unit @ unit.mT).triu(1).amax(-1)
+    tokens = cosines.shape[-1]
+    again = [
+        ((cosines[..., max(0, i - 1) : min(tokens, i + 2)].amin(-1) - 0.4) / 0.6).clamp_min(0)
+        for i in range(view.num_candidates)
+    ]
+    expected = torch.stack(again, -1).unflatten(-1, (-1, view.unit)).mean(-1)
+    assert expected.amax() > expected.amin() + 0.05
+    torch.testing.assert_close(
+        less.double(), plain.double() - (1 - weight) * expected, rtol=0, atol=64 * EPS
+    )
+
+
+@models
+def test_what_is_around_lifts_what_is_restated(model):
+    """Of a passage that is worth keeping no part goes because it was said again."""
+    _, alone = at_eviction(GKV(restated=0.4), model)
+    _, lifted = at_eviction(GKV(restated=0.4, span=5), model)
+    near = torch.nn.functional.avg_pool1d(
+        alone.flatten(0, 1)[:, None], 5, 1, 2, count_include_pad=False
+    ).view(alone.shape)
+    torch.testing.assert_close(lifted, torch.maximum(alone, near), rtol=0, atol=16 * EPS)
+
+
 @models
 @implementations
 def test_a_token_is_worth_as_much_as_its_neighbours_are_on_average(model, implementation):
@@ -128,6 +171,8 @@ def test_the_variant_of_spans_is_its_settings(model, moves_tokens, event):
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
+        ({"restated": 1.0}, "restated must be 0 or more and below 1, got 1.0"),
+        ({"restated": -0.1}, "restated must be 0 or more and below 1, got -0.1"),
         ({"span": 4}, "span must be a positive odd number of tokens, got 4"),
         ({"random_share": 1.5}, "random_share must lie between 0 and 1"),
         ({"value_power": -1.0}, "value_power must be 0 or more"),
@@ -151,3 +196,5 @@ def test_options_keep_off_the_path_that_knows_only_the_formula():
     assert GKV(variant="spans", redundancy="superseded").global_score() is None
     formula = GKV(variant="spans").global_score()
     assert formula is not None and (formula.history, formula.span) == ("sum", 9)
+    formula = GKV(restated=0.8).global_score()
+    assert formula is not None and formula.restated == 0.8

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gkv_vllm.triton_kernels.redundancy import mix_scores, redundancy
+from gkv_vllm.triton_kernels.redundancy import mix_scores, redundancy, superseded
 from gkv_vllm.triton_kernels.requests import flat
 from torch import Tensor
 
@@ -121,6 +121,19 @@ def test_what_columns_lose_does_not_depend_on_the_batch(device: torch.device) ->
         alone.caches, alone.tables = world.caches, world.tables[:, i : i + 1].contiguous()
         (scores,) = redundancy(alone.layers(), alone.due())
         assert torch.equal(scores, together[i])
+
+
+@pytest.mark.parametrize("similar", [0.0, 3.0], ids=["distinct", "alike"])
+def test_what_is_superseded_is_the_references(
+    shape: Shape, device: torch.device, similar: float
+) -> None:
+    world = World(shape, device, similar=similar)
+    plant(world)
+    for request, got in enumerate(superseded(world.layers(), world.due())):
+        expected = reference.superseded(unprotected(world, request))
+        assert got.shape == expected.shape
+        assert torch.allclose(got, expected, rtol=0, atol=tolerance(shape))
+        assert (got[..., -1] == 0).all()
 
 
 POLICIES = {

@@ -36,7 +36,7 @@ POLICIES: dict[str, Policy] = {
     "gkv, no redundancy": GKV(redundancy="none"),
     "gkv, redundancy in blocks": GKV(redundancy="block", score_weight=0.3),
     "gkv, mean of history": GKV(history="mean"),
-    "gkv, spans": GKV(variant="spans"),
+    "gkv, spans, restated": GKV(variant="spans", restated=0.2),
     "rkv": RKV(),
     "snapkv": SnapKV(),
     "knorm": KNorm(),
