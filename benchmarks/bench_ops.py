@@ -114,6 +114,7 @@ def operators(data: Layers, lookalikes: Layers) -> dict[str, Call]:
         "redundancy_in_block": lambda ops, i: ops.redundancy_in_block(
             data.caches[i], ids, 0, n, 0.5
         ),
+        "superseded": lambda ops, i: ops.superseded(data.caches[i], ids, 0, n),
         "key_norms": lambda ops, i: ops.key_norms(data.caches[i], ids, n),
         "attention_mass, one query": lambda ops, i: ops.attention_mass(
             data.one_token, data.caches[i], data.planes[i], table, *batch, scale, 0.0

@@ -281,7 +281,8 @@ def _test_operators() -> str:
         moved = cache.clone()
         ops.compact(moved, None, blocks, blocks[:1], keep)
         scores = ops.local_scores(queries, cache, blocks, 90, 0.2, 0.0, "max_probability")
-        found.append((scores, ops.redundancy(cache, blocks, 32, 90, 0.5), moved))
+        similar = ops.redundancy(cache, blocks, 32, 90, 0.5)
+        found.append((scores, similar, ops.superseded(cache, blocks, 32, 90), moved))
     for ours, expected in zip(*found, strict=True):
         off = float((ours - expected).abs().max())
         _expect(off < 1e-5, f"{fast.name} is off by {off}")

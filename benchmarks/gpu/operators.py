@@ -148,6 +148,7 @@ class Scoring:
         )
         yield self._score_blocks(numbers, self.keys(batch.live_tokens) + queries)
         yield self._redundancy("redundancy, keys alike")
+        yield self._superseded()
         yield self._mix()
         yield self._key_norms()
         yield self._topk()
@@ -184,6 +185,16 @@ class Scoring:
             lambda: self.oracle.redundancy(
                 batch.block_ids(0), first, batch.live_tokens, THRESHOLD, False
             ),
+        )
+
+    def _superseded(self) -> Case:
+        batch, first = self.batch, self.batch.model.protected
+        return Case(
+            "superseded",
+            "triton",
+            lambda: redundancy.superseded(self.layers, self.due),
+            self.keys(self.unprotected) + self.floats(self.unprotected),
+            lambda: self.oracle.superseded(batch.block_ids(0), first, batch.live_tokens),
         )
 
     def _mix(self) -> Case:

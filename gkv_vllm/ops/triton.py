@@ -227,7 +227,7 @@ class TritonLayerOps(EachLayer):
                 queries, self.layers, due, memory.history, slots, logical, **numbers
             )
         scores = self._mix(formula, importance, due, first.unit)
-        if formula.restated is not None:
+        if formula.restated < 1.0:
             scores = [
                 of_request
                 - (1 - formula.score_weight)

@@ -51,7 +51,7 @@ class GlobalScore:
     threshold: float = 0.5
     history: Literal["max", "sum"] = "max"
     span: int = 1
-    restated: float | None = None
+    restated: float = 1.0
 
 
 @dataclass(frozen=True)

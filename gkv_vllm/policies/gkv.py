@@ -77,7 +77,8 @@ class GKV(Policy):
     `span` follow the variant unless given. `combine_by` is how layers and heads agree where they
     share a kept set.
 
-    `restated`, a cosine (0.8), takes off what was said again later as a whole passage:
+    `restated`, a cosine, is ours, too; below 1 (say 0.8) what was said again later as a whole
+    passage counts less:
 
         Z <- Z - (1 - score_weight) W, W the least over a token and its two neighbours of
         max(0, C - restated) / (1 - restated), C a key's largest cosine to a newer one
@@ -99,7 +100,7 @@ class GKV(Policy):
     redundancy: Literal["exact", "block", "superseded", "none"] | None = None
     combine_by: Literal["mean", "max", "rank"] = "mean"
     span: int | None = None
-    restated: float | None = None
+    restated: float = 1.0
     value_power: float = 0.0
     random_share: float = 0.0
 
@@ -110,9 +111,7 @@ class GKV(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.restated is not None and not 0.0 <= self.restated < 1.0:
-            raise ValueError(f"restated must be 0 or more and below 1, got {self.restated}")
-        for name in ("alpha", "score_weight", "random_share"):
+        for name in ("alpha", "score_weight", "restated", "random_share"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
@@ -151,7 +150,7 @@ class GKV(Policy):
 
     def _scores(self, view: View) -> Tensor:
         scores = self._mixed(view)
-        if self.restated is None:
+        if self.restated == 1.0:
             return scores
         again = view.units(view.restated(self.restated), by="mean")
         return scores - (1 - self._setting("score_weight")) * again

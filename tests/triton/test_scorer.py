@@ -113,7 +113,7 @@ def kept_tokens(scorer: Scorer, world: World) -> Tensor:
 
 @shapes
 @pytest.mark.parametrize(
-    "policy", [GKV(), GKV(redundancy="none"), GKV(variant="spans"), SnapKV()], ids=str
+    "policy", [GKV(), GKV(redundancy="none"), GKV(variant="spans", restated=0.2), SnapKV()], ids=str
 )
 @pytest.mark.parametrize("scope", ["head", "layer", "all"])
 def test_survivors_and_what_is_remembered_of_them(shape: Any, policy: Policy, scope: str) -> None:
