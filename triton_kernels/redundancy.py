@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
-"""How much each key resembles the others, without ever holding their matrix of cosines.
+"""How much each key resembles the others, or newer ones, without ever holding all cosines.
 
-The sum of a row of it is one product with the sum of all unit keys. Only what a column loses, its
-entry in the last row above the threshold, needs pairs: each program owns some columns and walks the
-rows from the newest down until all of them have found theirs. What rows lose is summed in
-fixed point, where the order does not matter: reruns and ranks agree to the last bit."""
+`superseded` walks half the matrix, a tile at a time. `redundancy` need not: the sum of a row is one
+product with the sum of all unit keys. Only what a column loses, its entry in the last row above the
+threshold, needs pairs: each program owns some columns and walks the rows from the newest down until
+all of them have found theirs. What rows lose is summed in fixed point, where the order does not
+matter: reruns and ranks agree to the last bit."""
 
 from __future__ import annotations
 

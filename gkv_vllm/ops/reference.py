@@ -99,8 +99,8 @@ def restated(superseded: Tensor, threshold: float) -> Tensor:
     Ours: how far its cosine to a newer key (`superseded`) lies above `threshold`, on a scale from
     there to 1; of it and the tokens to its left and right the least, so that a passage goes as a
     whole, and a word that only recurs stays. [..., tokens]"""
-    above = ((superseded - threshold) / (1 - threshold)).clamp_min(0)
-    return -max_pool(-above, 3)
+    least = -max_pool(-superseded, 3)
+    return ((least - threshold) / (1 - threshold)).clamp_min(0)
 
 
 def redundancy_in_block(keys: Tensor, block_size: int, threshold: float) -> Tensor:

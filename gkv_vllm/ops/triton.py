@@ -2,8 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the gkv_vllm project
 """The operators as Triton kernels (`triton_kernels/`), for all layers in one launch.
 
-What has no kernel of its own runs in torch on the device: pooling and block maxima, each one call
-for all layers, and dense copies of the keys, which no policy of this package asks for."""
+What has no kernel of its own runs in torch on the device: pooling, block maxima and what `restated`
+and `span` make of scores, a few calls for all layers of a request, and dense copies of the keys,
+which no policy of this package asks for."""
 
 from __future__ import annotations
 
@@ -227,7 +228,7 @@ class TritonLayerOps(EachLayer):
                 queries, self.layers, due, memory.history, slots, logical, **numbers
             )
         scores = self._mix(formula, importance, due, first.unit)
-        if formula.restated < 1.0:
+        if formula.restated < 1.0 and formula.score_weight < 1.0:
             scores = [
                 of_request
                 - (1 - formula.score_weight)

@@ -83,7 +83,9 @@ class GKV(Policy):
         Z <- Z - (1 - score_weight) W, W the least over a token and its two neighbours of
         max(0, C - restated) / (1 - restated), C a key's largest cosine to a newer one
 
-    (`View.restated`), before `span` lifts what is around it.
+    (`View.restated`), before `span` lifts what is around it. Neighbours are those that the head
+    still holds, the protected ones not counted; W of a block is the mean of its tokens'. Without
+    redundancy (`none`) Z is F, less (1 - score_weight) W all the same.
 
     Three more options of ours. `redundancy="superseded"` makes R the largest cosine to a newer
     key, as it is (`View.superseded`): what is said again later goes first. `value_power` p weighs F
@@ -115,6 +117,11 @@ class GKV(Policy):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        if self.restated < 1.0 and not VARIANTS[self.variant].normalised:
+            raise ValueError(
+                f"restated does not go with variant {self.variant!r}, whose scores are not "
+                "normalised: it would outweigh them; leave one out"
+            )
         if not 0 <= self.value_power < math.inf:
             raise ValueError(f"value_power must be 0 or more and finite, got {self.value_power}")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
@@ -149,11 +156,11 @@ class GKV(Policy):
         return scores + bonus.to(scores.device)  # a new tensor: these may be the history itself
 
     def _scores(self, view: View) -> Tensor:
-        scores = self._mixed(view)
-        if self.restated == 1.0:
+        scores, weight = self._mixed(view), self._setting("score_weight")
+        if self.restated == 1.0 or weight == 1.0:
             return scores
         again = view.units(view.restated(self.restated), by="mean")
-        return scores - (1 - self._setting("score_weight")) * again
+        return scores - (1 - weight) * again
 
     def _mixed(self, view: View) -> Tensor:
         weight, kind = self._setting("score_weight"), self._setting("redundancy")

@@ -44,10 +44,11 @@ logger = init_logger(f"vllm.{__name__}")
 
 SCORED_TOGETHER = 32768
 """Live tokens of requests that a GPU scores at once; what it takes is set aside at start-up."""
-WORK_ARRAYS = 8
-"""Float32 arrays of one number per layer, KV head and token that scoring holds at a time: F, and of
-redundancy sums, norms and (in 64 bits) losses; or F, Z, cosines, and what `restated` and `lift`
-make of them in torch."""
+WORK_ARRAYS = 7
+"""Float32 arrays of one number per layer, KV head and token that scoring holds at a time.
+
+For redundancy F, sums, norms and losses (in 64 bits); for `restated` F, Z, cosines, and for the
+least of three their opposite, its maxima and (in 64 bits) torch's indices of them."""
 
 
 class EvictionWorkerMixin(Worker):

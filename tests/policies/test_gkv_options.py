@@ -103,18 +103,22 @@ def test_a_passage_is_restated_as_surely_as_its_least_part():
 @granularities
 @implementations
 @pytest.mark.parametrize("weight", [0.0, 0.3])
-def test_what_is_said_again_as_a_passage_counts_less(model, moves_tokens, implementation, weight):
+@pytest.mark.parametrize("in_a_block", [0, 31], ids=["window_follows", "some_tokens_between"])
+def test_what_is_said_again_as_a_passage_counts_less(
+    model, moves_tokens, implementation, weight, in_a_block
+):
+    """The neighbour of the last candidate may be of the window."""
     settings = {"score_weight": weight, "temperature": 0.5}
-    view, plain = at_eviction(GKV(**settings), model, moves_tokens, implementation=implementation)
-    _, less = at_eviction(
-        GKV(**settings, restated=0.4), model, moves_tokens, implementation=implementation
-    )
+    when = {"implementation": implementation, "tokens": 160 + in_a_block + model.window}
+    view, plain = at_eviction(GKV(**settings), model, moves_tokens, **when)
+    _, less = at_eviction(GKV(**settings, restated=0.2), model, moves_tokens, **when)
+    assert view.live_tokens - model.window == 160 + in_a_block
     keys = view.keys().double()[..., view.protected :, :]
     unit = keys / keys.norm(dim=-1, keepdim=True)
     cosines = (unit @ unit.mT).triu(1).amax(-1)
     tokens = cosines.shape[-1]
     again = [
-        ((cosines[..., max(0, i - 1) : min(tokens, i + 2)].amin(-1) - 0.4) / 0.6).clamp_min(0)
+        ((cosines[..., max(0, i - 1) : min(tokens, i + 2)].amin(-1) - 0.2) / 0.8).clamp_min(0)
         for i in range(view.num_candidates)
     ]
     expected = torch.stack(again, -1).unflatten(-1, (-1, view.unit)).mean(-1)
@@ -172,6 +176,7 @@ def test_the_variant_of_spans_is_its_settings(model, moves_tokens, event):
     ("parameters", "sentence"),
     [
         ({"restated": -0.1}, "restated must lie between 0 and 1, got -0.1"),
+        ({"variant": "zipage", "restated": 0.8}, "restated does not go with variant 'zipage'"),
         ({"span": 4}, "span must be a positive odd number of tokens, got 4"),
         ({"random_share": 1.5}, "random_share must lie between 0 and 1"),
         ({"value_power": -1.0}, "value_power must be 0 or more"),

@@ -138,7 +138,7 @@ class NoRedundancy(ReferenceOps):
     def redundancy(self, *arguments: Any) -> Tensor:
         raise AssertionError("redundancy without weight")
 
-    redundancy_in_block = redundancy
+    redundancy_in_block = superseded = redundancy
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,7 @@ class NoRedundancy(ReferenceOps):
     [
         GKV(redundancy="none"),
         GKV(score_weight=1.0),
+        GKV(score_weight=1.0, restated=0.4),
         GKV("zipage", score_weight=1.0),
         RKV(score_weight=1.0),
     ],

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from gkv_vllm.triton_kernels.requests import flat
 from torch import Tensor
 
 from gkv_vllm.ops import reference
+from gkv_vllm.ops.triton import TritonOps
 from gkv_vllm.policies.gkv import GKV, VARIANTS
 from tests.triton.requests import Shape, World
 
@@ -129,11 +131,34 @@ def test_what_is_superseded_is_the_references(
 ) -> None:
     world = World(shape, device, similar=similar)
     plant(world)
+    for cache in world.caches.kv_caches:
+        cache.nan_to_num_(nan=1.0)  # a maximum drops NaN
+    kernels = TritonOps(world.caches.layout).bind(world.caches)
     for request, got in enumerate(superseded(world.layers(), world.due())):
         expected = reference.superseded(unprotected(world, request))
         assert got.shape == expected.shape
         assert torch.allclose(got, expected, rtol=0, atol=tolerance(shape))
         assert (got[..., -1] == 0).all()
+        view = world.view(request, 1)
+        alone = kernels.superseded(view.block_ids, view.protected, view.live_tokens)
+        assert torch.equal(alone, got)
+
+
+@pytest.mark.parametrize("redundancy", ["exact", "none"])
+def test_of_each_request_its_own_passages_are_restated(
+    device: torch.device, redundancy: Literal["exact", "none"]
+) -> None:
+    world = World(Shape(((63, 0, 0), (130, 1, 0))), device, similar=1.0)
+    policy = GKV(redundancy=redundancy, restated=0.2)
+    formula, views = policy.global_score(), world.views(1)
+    assert formula is not None
+    kernels = TritonOps(world.caches.layout).bind(world.caches)
+    for view, got in zip(views, kernels.global_scores(formula, views, None), strict=True):
+        past = torch.zeros(view.num_layers, view.kv_heads, view.num_units, device=device)
+        scored = replace(view, history=policy.update(replace(view, history=past)))
+        expected = policy.score(scored)
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+        assert (replace(policy, restated=1.0).score(scored) > expected + 0.05).any()
 
 
 POLICIES = {
