@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from gkv_vllm.engine.plan import Selection
 from gkv_vllm.ops.layout import CPULayout
@@ -97,39 +96,6 @@ def test_each_layer_group_has_candidates_and_a_history_of_its_own() -> None:
         ask_otherwise(pair, scorers)
 
 
-def kept_tokens(scorer: Scorer, world: World) -> Tensor:
-    kept: list[Tensor] = []
-    move = scorer.ops.compact
-
-    def compact(source: Tensor, target: Tensor, places: Tensor, keep: Tensor) -> None:
-        kept.append(keep.clone())
-        move(source, target, places, keep)
-
-    scorer.ops.compact = compact  # type: ignore[method-assign]
-    scorer.compact([(world.compaction(), world.table)])
-    (keep,) = kept
-    return keep
-
-
-@shapes
-@pytest.mark.parametrize(
-    "policy", [GKV(), GKV(redundancy="none"), GKV(variant="spans", restated=0.2), SnapKV()], ids=str
-)
-@pytest.mark.parametrize("scope", ["head", "layer", "all"])
-def test_survivors_and_what_is_remembered_of_them(shape: Any, policy: Policy, scope: str) -> None:
-    """The same tokens are kept, and every bit of the caches is the same afterwards."""
-    expected, found = worlds(shape)
-    keeps = [
-        kept_tokens(world.scorer(policy, moves_tokens=True, scope=scope), world)
-        for world in (expected, found)
-    ]
-    assert torch.equal(*keeps)
-    for ours, theirs in zip(found.caches, expected.caches, strict=True):
-        assert torch.equal(ours.view(_bits(ours)), theirs.view(_bits(theirs)))
-    for ours, theirs in zip(found.planes, expected.planes, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=ATOL, equal_nan=True)
-
-
 def test_requests_that_are_scored_together_are_scored_as_alone() -> None:
     """Two slots of different histories in one launch."""
     shape = SHAPES["holes"]
@@ -145,10 +111,6 @@ def test_requests_that_are_scored_together_are_scored_as_alone() -> None:
     for ours, theirs in zip(at_once, one_by_one, strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(scorers[0].history, scorers[1].history)
-
-
-def _bits(tensor: Tensor) -> torch.dtype:
-    return torch.int16 if tensor.itemsize == 2 else torch.int32
 
 
 def test_the_operators_are_the_kernels() -> None:
