@@ -501,14 +501,6 @@ def tiles(block_size: int, head_dim: int, itemsize: int) -> dict[str, int]:
     )
 
 
-INTEGERS = ("span", "table_width", "heads")
-OUTPUTS: dict[Any, dict[str, str]] = {
-    _row_sums_kernel: {"sums": "*fp32", "inverse_norms": "*fp32", "losses": "*i64"},
-    _last_similar_kernel: {"inverse_norms": "*fp32", "losses": "*i64"},
-    _superseded_kernel: {"found": "*fp32"},
-}
-
-
 def _over_keys(kernel: Any, dtype: str, head_dim: int, tile: int | None) -> Signature:
     sizes = tiles(16, head_dim, 2)
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
@@ -520,24 +512,24 @@ def _over_keys(kernel: Any, dtype: str, head_dim: int, tile: int | None) -> Sign
         "tables": "*i32",
         "table_of_layer": "*i32",
         "numbers": "*i32",
-        **OUTPUTS[kernel],
+        "sums": "*fp32",
+        "inverse_norms": "*fp32",
+        "losses": "*i64",
+        "found": "*fp32",
     }
     strides = ("block_stride", "head_stride", "token_stride")
-    integers = ("table_width", "heads") if kernel is _superseded_kernel else INTEGERS
+    numbers = dict.fromkeys((*strides, "span", "table_width", "heads"), "i32")
+
+    def taken(arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those that this kernel has."""
+        return {name: x for name, x in arguments.items() if name in kernel.arg_names}
+
     return Signature(
         kernel=kernel,
         name=f"{dtype} d{head_dim} tiles of {sizes['TILE']}",
-        signature={
-            **pointers,
-            **dict.fromkeys((*strides, *integers), "i32"),
-            **({"threshold": "fp32"} if kernel is _last_similar_kernel else {}),
-        },
-        constexprs={
-            **sizes,
-            "dim_stride": 1,
-            **({} if kernel is _row_sums_kernel else {"INTERPRET": False}),
-        },
-        divisible_by_16=(*pointers, *strides),
+        signature=taken({**pointers, **numbers, "threshold": "fp32"}),
+        constexprs=taken({**sizes, "dim_stride": 1, "INTERPRET": False}),
+        divisible_by_16=(*taken(pointers), *strides),
         num_warps=warps,
         num_stages=stages,
     )
